@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TWINS := weights/tiny/.ready
+
+.PHONY: setup twins demo test check docs soak chaos coverage clean
+
+setup: $(READY)
+
+$(READY): builder/requirements.txt builder/requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' builder/requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r builder/requirements-dev.txt
+	touch $@
+
+twins: $(TWINS)
+
+$(TWINS): $(READY) download_weights.py $(wildcard engine/published/*.json) engine/profiles.py engine/twins.py engine/bake.py engine/lora.py
+	$(BIN)/python download_weights.py --tiny --output weights/tiny
+	touch $@
+
+demo: $(TWINS)
+	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
+
+test: $(TWINS)
+	$(BIN)/python -m pytest -m "not soak and not gpu"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python builder/generate_docs.py --check
+
+docs: $(READY)
+	$(BIN)/python builder/generate_docs.py
+
+soak: $(TWINS)
+	$(BIN)/python -m pytest -m soak --timeout 1800
+
+coverage: $(TWINS)
+	$(BIN)/python -m pytest -m "not soak and not gpu" --cov --cov-report=term-missing
+
+clean:
+	rm -rf $(VENV) weights/tiny output outbox build

@@ -1,0 +1,1 @@
+"""Everything that makes pixels and files. No RunPod, no argparse, no environment outside `settings`."""

@@ -1,0 +1,46 @@
+"""One file a model family. A backend turns a task into frames or pictures; it knows no RunPod, no S3, no file."""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+from engine.outputs import Frames, Images
+from engine.profiles import Profile
+from engine.progress import Progress
+from engine.weights import Parts
+from schemas.input_schema import Request
+
+BACKENDS = {
+    "sdxl": "engine.backends.sdxl:Sdxl",
+    "wan": "engine.backends.wan:Wan",
+    "wan_svi": "engine.backends.wan_svi:WanSvi",
+}
+"""Name in the profile -> class. Strings, so that a request for a picture never imports the video models."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request as it will run: nothing is None that the backend needs, every picture is decoded."""
+
+    profile: Profile
+    request: Request
+    seed: int
+    pictures: dict[str, Any] = field(default_factory=dict)
+    """Field name of the request -> PIL RGB picture, or a list of them for a list field."""
+
+
+class Backend(Protocol):
+    """A loaded profile. Nothing a task does may change what the next one gets."""
+
+    def generate(self, task: Task, progress: Progress) -> Images | Frames:
+        """Run one task. Video frames may be decoded lazily while the caller writes them."""
+
+    def unload(self) -> None:
+        """Give every byte back: host, card and caches."""
+
+
+def load_backend(profile: Profile, parts: Parts, device: str, budget_bytes: int) -> Backend:
+    """Import the profile's backend and build it from its parts within `budget_bytes` of the device's memory."""
+    module, name = BACKENDS[profile.backend].split(":")
+    backend: Backend = getattr(import_module(module), name)(profile, parts, device, budget_bytes)
+    return backend

@@ -1,0 +1,167 @@
+"""SDXL: base and refiner as one hand-over in latent space, or the refiner alone on a given picture.
+
+Both pipelines are put together anew for each task from the same resident parts. That costs nothing (no weight is
+touched) and makes it impossible that one request's scheduler is seen by the next.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from engine.backends import Task
+from engine.frames import image_to_uint8
+from engine.outputs import Images
+from engine.profiles import Profile
+from engine.progress import Progress
+from engine.weights import Parts
+
+SCHEDULERS = {
+    "PNDM": PNDMScheduler,
+    "KLMS": LMSDiscreteScheduler,
+    "DDIM": DDIMScheduler,
+    "K_EULER": EulerDiscreteScheduler,
+    "K_EULER_ANCESTRAL": EulerAncestralDiscreteScheduler,
+    "DPMSolverMultistep": DPMSolverMultistepScheduler,
+    "DPMSolverSinglestep": DPMSolverSinglestepScheduler,
+}
+"""worker-sdxl's names. They choose the base's scheduler; the refiner keeps the one it was published with."""
+
+SIZE_MULTIPLE = 8  # the VAE's stride; UNet strides are handled by its own padding-free sizes from 8 up
+
+COMPONENTS = (
+    "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "unet", "scheduler",
+    "refiner_unet", "refiner_scheduler",
+)  # fmt: skip
+
+
+class Sdxl:
+    """Base and refiner, resident; the VAE and the second text encoder are shared between them."""
+
+    def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:  # noqa: ARG002 one signature for all backends; 13 GB always fits
+        self.profile = profile
+        self._device = torch.device(device)
+        self._parts: dict[str, Any] = {name: parts.load(name, device) for name in COMPONENTS}
+
+    @torch.inference_mode()
+    def generate(self, task: Task, progress: Progress) -> Images:
+        request = task.request
+        generator = torch.Generator("cpu").manual_seed(task.seed)
+        refiner = self._refiner()
+        picture = task.pictures.get("image_url")
+        base_steps = 0 if picture is not None else _base_steps(request)
+        with progress.stage("encode"):
+            texts = self._encode(refiner, request)
+        with progress.stage("denoise", base_steps + self._refiner_steps(request)) as step:
+
+            def after_step(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                step()
+                return tensors
+
+            if picture is None:
+                image: Any = self._base_latents(request, generator, after_step)
+            else:
+                image = picture
+            latents = refiner(
+                image=image,
+                num_inference_steps=request.refiner_inference_steps,
+                strength=request.strength,
+                denoising_start=request.high_noise_frac if picture is None else None,
+                guidance_scale=request.refiner_guidance_scale,
+                num_images_per_prompt=request.num_images,
+                generator=generator,
+                output_type="latent",
+                callback_on_step_end=after_step,
+                **texts,
+            ).images
+        with progress.stage("decode"):
+            return Images([image_to_uint8(self._decode(one)) for one in latents.split(1)])
+
+    def unload(self) -> None:
+        self._parts.clear()
+
+    def _base(self, scheduler: str) -> StableDiffusionXLPipeline:
+        parts = self._parts
+        return _quiet(
+            StableDiffusionXLPipeline(
+                vae=parts["vae"],
+                text_encoder=parts["text_encoder"],
+                text_encoder_2=parts["text_encoder_2"],
+                tokenizer=parts["tokenizer"],
+                tokenizer_2=parts["tokenizer_2"],
+                unet=parts["unet"],
+                scheduler=SCHEDULERS[scheduler].from_config(parts["scheduler"].config),
+                add_watermarker=False,
+            )
+        )
+
+    def _refiner(self) -> StableDiffusionXLImg2ImgPipeline:
+        parts = self._parts
+        return _quiet(
+            StableDiffusionXLImg2ImgPipeline(
+                vae=parts["vae"],
+                text_encoder=None,
+                text_encoder_2=parts["text_encoder_2"],
+                tokenizer=None,
+                tokenizer_2=parts["tokenizer_2"],
+                unet=parts["refiner_unet"],
+                scheduler=type(parts["refiner_scheduler"]).from_config(parts["refiner_scheduler"].config),
+                requires_aesthetics_score=True,
+                force_zeros_for_empty_prompt=False,
+                add_watermarker=False,
+            )
+        )
+
+    def _encode(self, refiner: StableDiffusionXLImg2ImgPipeline, request: Any) -> dict[str, torch.Tensor]:
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = refiner.encode_prompt(
+            prompt=request.prompt or "",
+            negative_prompt=request.negative_prompt,
+            device=self._device,
+            do_classifier_free_guidance=request.refiner_guidance_scale > 1,
+        )
+        return dict(zip(names, embeds, strict=True))
+
+    def _base_latents(self, request: Any, generator: torch.Generator, after_step: Any) -> torch.Tensor:
+        latents: torch.Tensor = self._base(request.scheduler)(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            denoising_end=request.high_noise_frac,
+            num_images_per_prompt=request.num_images,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=after_step,
+        ).images
+        return latents
+
+    def _refiner_steps(self, request: Any) -> int:
+        return max(1, min(int(request.refiner_inference_steps * request.strength), request.refiner_inference_steps))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(1, 4, h, w) latents -> (1, 3, H, W) in [-1, 1]."""
+        vae = self._parts["vae"]
+        decoded: torch.Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return decoded
+
+
+def _base_steps(request: Any) -> int:
+    return int(request.num_inference_steps)
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,75 @@
+"""Integer rules of sizes and frame counts. Always frames, height, width."""
+
+from typing import NamedTuple
+
+VAE_STRIDE_T = 4  # pixel frames a latent frame, after the first (AutoencoderKLWan.config.scale_factor_temporal)
+VAE_STRIDE_S = 8  # pixels a latent pixel, each side (AutoencoderKLWan.config.scale_factor_spatial)
+SIZE_MULTIPLE = 16  # VAE stride 8 times the transformer's patch of 2
+
+
+class LatentShape(NamedTuple):
+    """A video in the VAE's latent space; channels are the VAE's z_dim and stand in front."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Transformer tokens at Wan's patch (1, 2, 2)."""
+        return self.frames * (self.height // 2) * (self.width // 2)
+
+
+class VideoShape(NamedTuple):
+    """A video in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def latent(self) -> LatentShape:
+        """The shape after the causal VAE: the first frame alone, then four a latent frame.
+
+        Raises:
+            ValueError: frames is not 4k + 1, or a side is not a multiple of 8.
+        """
+        if not is_legal_frames(self.frames):
+            raise ValueError(f"{self.frames} frames: {frames_advice(self.frames)}")
+        if self.height % VAE_STRIDE_S or self.width % VAE_STRIDE_S:
+            raise ValueError(f"{self.height}x{self.width}: sides must be multiples of {VAE_STRIDE_S}")
+        return LatentShape(
+            (self.frames - 1) // VAE_STRIDE_T + 1, self.height // VAE_STRIDE_S, self.width // VAE_STRIDE_S
+        )
+
+
+def is_legal_frames(frames: int) -> bool:
+    """Whether the VAE maps this many frames without dropping one: 4k + 1."""
+    return frames >= 1 and (frames - 1) % VAE_STRIDE_T == 0
+
+
+def neighbours(value: int, multiple: int, offset: int = 0, minimum: int = 0) -> tuple[int, int]:
+    """The nearest legal values below and above `value` on the grid offset + k * multiple, at least `minimum`."""
+    below = max((value - offset) // multiple * multiple + offset, minimum)
+    return below, max(below + multiple, minimum)
+
+
+def frames_advice(frames: int) -> str:
+    """The sentence that refuses an illegal frame count."""
+    below, above = neighbours(frames, VAE_STRIDE_T, offset=1, minimum=1)
+    return f"must be 4k + 1; the nearest are {below} and {above}"
+
+
+def fit_area(aspect: float, max_area: int, multiple: int = SIZE_MULTIPLE) -> tuple[int, int]:
+    """The largest (height, width) on the grid of `multiple` with width / height near `aspect` and area <= max_area.
+
+    Both sides are rounded to the nearest multiple (never below one), then the larger side gives way until the area
+    fits. Within one multiple of the exact side on each axis.
+    """
+    height = max(multiple, round((max_area / aspect) ** 0.5 / multiple) * multiple)
+    width = max(multiple, round((max_area * aspect) ** 0.5 / multiple) * multiple)
+    while height * width > max_area and max(height, width) > multiple:
+        if width >= height:
+            width -= multiple
+        else:
+            height -= multiple
+    return height, width

@@ -1,0 +1,83 @@
+"""Where a job stands: stages, steps, seconds, and the one place where a cancel takes hold."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from schemas.errors import Cancelled, JobTimeout
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the caller sees while the job runs. `percent` never falls within a job; `eta_s` is None until measurable."""
+
+    stage: str
+    step: int
+    total: int
+    percent: float
+    eta_s: float | None
+
+
+class Progress:
+    """One job's clock and conscience: stages are timed, steps are reported, a cancel or deadline is raised at a step.
+
+    `send` receives each Update from the thread that generates. `cancelled` may be set from any thread.
+    """
+
+    # Share of a whole job's time, by stage, for `percent`; measured on 6-step video jobs, only the order matters.
+    WEIGHTS = {"fetch": 2, "load": 8, "encode": 5, "denoise": 70, "decode": 12, "upload": 3}
+
+    def __init__(
+        self,
+        send: Callable[[Update], None] | None = None,
+        *,
+        cancelled: threading.Event | None = None,
+        deadline_s: float | None = None,
+    ) -> None:
+        self.cancelled = cancelled or threading.Event()
+        self.timings_s: dict[str, float] = {}
+        self._send = send
+        self._started = time.monotonic()
+        self._deadline = None if deadline_s is None else self._started + deadline_s
+        self._percent = 0.0
+
+    def check(self) -> None:
+        """Raise Cancelled or JobTimeout if the job must stop here. Called between steps, never inside one."""
+        if self.cancelled.is_set():
+            raise Cancelled("the job was cancelled")
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise JobTimeout("the job passed its time limit; ask for fewer frames or steps, or raise the limit")
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[], None]]:
+        """Time a stage and yield `step`, to be called after each of its `total` steps."""
+        started = time.monotonic()
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self._report(name, done, total, started)
+            self.check()
+
+        self.check()
+        self._report(name, 0, total, started)
+        try:
+            yield step
+        finally:
+            self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.monotonic() - started, 4)
+
+    def _report(self, name: str, done: int, total: int, started: float) -> None:
+        if self._send is None:
+            return
+        before = 0
+        for stage, weight in self.WEIGHTS.items():
+            if stage == name:
+                break
+            before += weight
+        share = before + self.WEIGHTS.get(name, 0) * (done / total if total else 1.0)
+        self._percent = max(self._percent, round(100 * share / sum(self.WEIGHTS.values()), 1))
+        eta_s = (time.monotonic() - started) / done * (total - done) if done and total > 1 else None
+        self._send(Update(name, done, total, self._percent, None if eta_s is None else round(eta_s, 1)))

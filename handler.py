@@ -1,0 +1,72 @@
+"""The worker's entry on RunPod, and the story of one request.
+
+    python handler.py                         take jobs (on RunPod)
+    python handler.py --test_input [JSON]     run one job here: test_input.json beside this file, a file, or JSON
+    python handler.py --rp_serve_api          serve RunPod's HTTP API on this machine
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import inputs, profiles, weights
+from engine.backends import Task
+from engine.progress import Progress
+from engine.settings import Settings
+from engine.storage import open_store
+from model_handler import ModelHandler
+from schemas.errors import SettingsError
+from schemas.input_schema import parse_request
+from schemas.output_schema import success
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What outlives a request."""
+
+    settings: Settings
+    models: ModelHandler
+
+
+def run(
+    payload: object, *, job_id: str, worker: Worker, progress: Progress, s3_config: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Take one request from JSON to a verified, delivered file, and answer with what was measured.
+
+    Raises:
+        WorkerError: with a sentence for the caller; nothing of the request is left behind.
+    """
+    request = parse_request(payload)
+    store = open_store(worker.settings, s3_config)
+    baked = weights.locate(profiles.resolve(request), worker.settings)
+    with progress.stage("fetch"):
+        media = inputs.load(request, worker.settings)
+    task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
+    with tempfile.TemporaryDirectory(prefix="job-") as folder:
+        made = worker.models.generate(task, baked.parts(), Path(folder), progress)
+        with progress.stage("upload"):
+            delivered = [store.deliver(file, job_id, file.path.name) for file in made.files]
+    return success(task, made, delivered, media.hashes, progress.timings_s)
+
+
+def main() -> int:
+    """Read the settings, then hand `run` to RunPod's loop, its local API or a single test job."""
+    from apps import runpod_worker
+
+    try:
+        settings = Settings.from_env()
+    except SettingsError as error:
+        print(f"settings_error: {error.sentence}", file=sys.stderr)  # noqa: T201 nothing is set up yet to log with
+        return 1
+    worker = Worker(settings, ModelHandler(settings))
+
+    def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
+
+    return runpod_worker.serve(run_job, settings, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

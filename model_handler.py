@@ -1,0 +1,128 @@
+"""ModelHandler: loads a profile when the first job needs it, keeps what fits the card, runs one job at a time."""
+
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import pictures, video
+from engine.backends import Backend, Task, load_backend
+from engine.outputs import Frames, Images, MediaFile
+from engine.profiles import Profile
+from engine.progress import Progress
+from engine.settings import Settings
+from engine.weights import Parts
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+CARD_GIB = 44.5  # what a 48 GB card leaves to us with ECC on; also the budget pretended on a machine without a card
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one task left in the work folder, and what it has to say about it."""
+
+    files: tuple[MediaFile, ...]
+    notes: tuple[str, ...] = ()
+    state: str | None = None
+
+
+class ModelHandler:
+    """The card's only door. Everything that touches the card happens inside `generate`, under its lock."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[Profile, Parts, str, int], Backend] = load_backend,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, tuple[Profile, Backend]] = OrderedDict()
+        self.loads = 0  # profiles loaded since the start; a warm job adds none
+
+    def generate(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
+        """Run one task and leave its verified files in `folder`.
+
+        Raises:
+            WorkerError: the most specific one; the card's memory is given back before it is raised.
+        """
+        with self._lock:
+            with progress.stage("load"):
+                backend = self._backend(task.profile, parts)
+            try:
+                output = backend.generate(task, progress)
+                return self._write(output, task, folder)
+            finally:
+                _give_back_cache()
+
+    def unload_all(self) -> None:
+        """Drop every loaded profile."""
+        with self._lock:
+            while self._loaded:
+                self._evict_oldest()
+
+    def _backend(self, profile: Profile, parts: Parts) -> Backend:
+        if profile.folder in self._loaded:
+            self._loaded.move_to_end(profile.folder)
+            return self._loaded[profile.folder][1]
+        budget = self._budget_gib()
+        while self._loaded and self._used_gib() + profile.vram_gib > budget:
+            self._evict_oldest()
+        backend = self._load(profile, parts, device(), int((budget - self._used_gib()) * GIB))
+        self.loads += 1
+        self._loaded[profile.folder] = (profile, backend)
+        log.info("loaded %s", profile.name)
+        return backend
+
+    def _evict_oldest(self) -> None:
+        _, (profile, backend) = self._loaded.popitem(last=False)
+        backend.unload()
+        del backend
+        _give_back_cache()
+        log.info("unloaded %s", profile.name)
+
+    def _used_gib(self) -> float:
+        return sum(profile.vram_gib for profile, _ in self._loaded.values())
+
+    def _budget_gib(self) -> float:
+        return self._settings.vram_gib or card_gib()
+
+    def _write(self, output: Images | Frames, task: Task, folder: Path) -> Generated:
+        if isinstance(output, Frames):
+            file = video.write_mp4(output, folder / "video.mp4")
+            return Generated((file,), output.notes, output.finish())
+        request = task.request
+        files = [
+            pictures.write_picture(picture, folder / f"image_{i}", request.output_format, request.quality)
+            for i, picture in enumerate(output.pictures)
+        ]
+        return Generated(tuple(files), output.notes)
+
+
+def device() -> str:
+    """`cuda` if this machine has a card, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def card_gib() -> float:
+    """Total memory of the card in GiB; the budget of a 48 GB card where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return CARD_GIB
+    return torch.cuda.get_device_properties(0).total_memory / GIB
+
+
+def _give_back_cache() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

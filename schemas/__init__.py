@@ -1,0 +1,1 @@
+"""The wire contract: requests, responses, errors. Imports nothing but the standard library and pydantic."""
