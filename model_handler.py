@@ -95,7 +95,7 @@ class ModelHandler:
     def _write(self, output: Images | Frames, task: Task, folder: Path) -> Generated:
         if isinstance(output, Frames):
             file = video.write_mp4(output, folder / "video.mp4")
-            return Generated((file,), output.notes, output.finish())
+            return Generated((file,), output.notes, output.state())
         request = task.request
         files = [
             pictures.write_picture(picture, folder / f"image_{i}", request.output_format, request.quality)

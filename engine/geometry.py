@@ -1,5 +1,6 @@
 """Integer rules of sizes and frame counts. Always frames, height, width."""
 
+import math
 from typing import NamedTuple
 
 VAE_STRIDE_T = 4  # pixel frames a latent frame, after the first (AutoencoderKLWan.config.scale_factor_temporal)
@@ -60,16 +61,19 @@ def frames_advice(frames: int) -> str:
 
 
 def fit_area(aspect: float, max_area: int, multiple: int = SIZE_MULTIPLE) -> tuple[int, int]:
-    """The largest (height, width) on the grid of `multiple` with width / height near `aspect` and area <= max_area.
+    """The (height, width) on the grid of `multiple` with width / height nearest to `aspect` and area <= max_area.
 
-    Both sides are rounded to the nearest multiple (never below one), then the larger side gives way until the area
-    fits. Within one multiple of the exact side on each axis.
+    Each side is the exact one rounded down or up, never below one multiple: of the four pairs, those that fit the
+    area compete by aspect, then by area.
     """
-    height = max(multiple, round((max_area / aspect) ** 0.5 / multiple) * multiple)
-    width = max(multiple, round((max_area * aspect) ** 0.5 / multiple) * multiple)
-    while height * width > max_area and max(height, width) > multiple:
-        if width >= height:
-            width -= multiple
-        else:
-            height -= multiple
-    return height, width
+    height_down, width_down = (
+        max(multiple, int(side // multiple) * multiple)
+        for side in ((max_area / aspect) ** 0.5, (max_area * aspect) ** 0.5)
+    )
+    pairs = [
+        (height, width)
+        for height in (height_down, height_down + multiple)
+        for width in (width_down, width_down + multiple)
+        if height * width <= max_area or (height, width) == (height_down, width_down)
+    ]
+    return min(pairs, key=lambda pair: (abs(math.log(pair[1] / pair[0] / aspect)), -pair[0] * pair[1]))

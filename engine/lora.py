@@ -1,7 +1,7 @@
 """LoRA files: read with no key lost, checked against the model and the expert, merged in fp32.
 
-Merging by our own arithmetic replaces diffusers' loader, which loads nothing from the SVI authors' files without an
-error, drops norm and modulation deltas, and fuses only the first of two transformers unless told otherwise.
+Merging by our own arithmetic replaces diffusers' loader (0.42.1), which loads nothing from the SVI authors'
+files without an error, drops norm and modulation deltas, and fuses only the first of two transformers.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class LoraWeights:
 
 
 def load_lora(path: Path) -> LoraWeights:
-    """Read a safetensors LoRA in any of the three published key styles. Tensors stay on the CPU in the file's dtype.
+    """Read a LoRA in any of the three published key styles. Tensors stay on the CPU, in the file's dtype.
 
     Raises:
         WeightsCorrupt: not safetensors, no LoRA in it, a key with no place in the model, or half a delta.
@@ -107,7 +107,7 @@ def load_lora(path: Path) -> LoraWeights:
 
 
 def merge(weight: Tensor, name: str, loras: Sequence[tuple[LoraWeights, float]]) -> Tensor:
-    """`weight` plus every delta of parameter `name` times its strength: summed in fp32, cast once to weight's dtype.
+    """Add every delta of parameter `name`, times its strength, to `weight`: fp32 sum, one cast back.
 
     Returns `weight` itself when no LoRA changes this parameter.
 
@@ -146,18 +146,18 @@ def check_covered(loras: Sequence[LoraWeights], names: set[str]) -> None:
         if missing:
             shown = "; ".join(f"{lora.keys[name]} -> {name}" for name in missing[:4])
             raise WeightsCorrupt(
-                f"{lora.name}: {len(missing)} of {len(lora.deltas)} deltas have no parameter in the model: {shown}"
+                f"{lora.name}: {len(missing)} of {len(lora.deltas)} deltas have no parameter: {shown}"
             )
 
 
-def check_expert(lora: LoraWeights, expert: Expert, known: Mapping[str, Expert]) -> None:
-    """Refuse a file that was made for the other expert; both have the same keys and sizes.
+def identify_expert(lora: LoraWeights, known: Mapping[str, Expert]) -> Expert:
+    """Which expert a file was made for; the two files of a pair have the same keys and sizes.
 
-    Three witnesses are heard: the content (`known`: sha256 -> expert, from the profile or the lock), the file's
-    metadata (`expert`), and its name. Every one that speaks must agree, and one must speak.
+    Three witnesses are heard: the content (`known`: sha256 -> expert, from the profile or its lock), the
+    file's metadata (`expert`) and its name. At least one must speak, and all that speak must agree.
 
     Raises:
-        WeightsCorrupt: a witness names the other expert, or there is none.
+        WeightsCorrupt: nobody speaks, or two disagree.
     """
     witnesses = {
         "its sha256": known.get(lora.sha256),
@@ -165,15 +165,25 @@ def check_expert(lora: LoraWeights, expert: Expert, known: Mapping[str, Expert])
         "its name": _expert_word(lora.name),
     }
     said = {witness: word for witness, word in witnesses.items() if word is not None}
-    against = [witness for witness, word in said.items() if word != expert]
-    if against:
-        raise WeightsCorrupt(
-            f"{lora.name} is not for the {expert}-noise expert: {' and '.join(against)} say otherwise"
-        )
     if not said:
         raise WeightsCorrupt(
-            f"{lora.name}: nothing says which expert it is for; put high or low into its name, or list its sha256"
+            f"{lora.name}: nothing says for which expert; put high or low into its name, or list its sha256"
         )
+    if len(set(said.values())) > 1:
+        words = ", ".join(f"{witness} says {word}" for witness, word in said.items())
+        raise WeightsCorrupt(f"{lora.name}: {words}; the files were swapped or renamed")
+    return next(iter(said.values()))
+
+
+def check_expert(lora: LoraWeights, expert: Expert, known: Mapping[str, Expert]) -> None:
+    """Refuse a file that was made for the other expert.
+
+    Raises:
+        WeightsCorrupt: it was, or nothing says so.
+    """
+    found = identify_expert(lora, known)
+    if found != expert:
+        raise WeightsCorrupt(f"{lora.name} is for the {found}-noise expert, not the {expert}-noise one")
 
 
 def check_distinct(loras: Sequence[LoraWeights]) -> None:

@@ -1,7 +1,7 @@
 """Names in a published Wan LoRA file -> parameter names of diffusers' WanTransformer3DModel.
 
-Three styles are in circulation: bare names with PEFT's adapter inside (the SVI authors), the ComfyUI prefix with
-lora_A/lora_B (conversions of the same), and the ComfyUI prefix with lora_down/lora_up/alpha (LightX2V). All name
+Three styles circulate: bare names with PEFT's adapter inside (the SVI authors), the ComfyUI prefix
+with lora_A/lora_B (conversions of these), that prefix with lora_down/lora_up/alpha (LightX2V). All name
 modules as the original Wan code does. A key that fits none of this is the caller's to refuse, never to drop.
 """
 
@@ -29,9 +29,6 @@ _TOP = {
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
 }
-_TABLE = {"modulation": "scale_shift_table", "head.modulation": "scale_shift_table"}
-"""Parameters that belong to no module of their own, so that their name has no `.weight` behind it."""
-
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
     r"(?P<down>lora_A(?:\.default)?\.weight|lora_down\.weight)|"
@@ -56,7 +53,7 @@ def target(key: str) -> Target | None:
     part = str(match.lastgroup)
     module = match["module"]
     table = _table(module)
-    if table is not None:
+    if table is not None:  # a parameter of its own, so nothing but a whole delta can change it
         return Target(table, part) if part == "diff" else None
     name = _module(module)
     if name is None:
@@ -78,7 +75,8 @@ def _module(original: str) -> str | None:
 
 
 def _table(original: str) -> str | None:
-    if original == "head.modulation":
-        return _TABLE[original]
-    match = re.fullmatch(r"(blocks\.\d+)\.modulation", original)
-    return None if match is None else f"{match[1]}.{_TABLE['modulation']}"
+    """The modulation tables have no module of their own, so their names end without `.weight`."""
+    match = re.fullmatch(r"(?:(blocks\.\d+)|head)\.modulation", original)
+    if match is None:
+        return None
+    return f"{match[1]}.scale_shift_table" if match[1] else "scale_shift_table"

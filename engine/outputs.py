@@ -1,6 +1,6 @@
 """What a backend hands back, and what a finished file is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ class Images:
     """Finished pictures: each uint8 (height, width, 3) RGB."""
 
     pictures: list[Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Frames:
     chunks: Iterator[Any]
     shape: VideoShape
     fps: int
+    notes: tuple[str, ...] = ()
+    """What the caller should know about how it was made; they join the response's warnings."""
+    state: Callable[[], str | None] = lambda: None
+    """What a later job goes on from, known once `chunks` is exhausted; None where nothing was asked for."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Both pipelines are put together anew for each task from the same resident parts.
 touched) and makes it impossible that one request's scheduler is seen by the next.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -25,6 +25,7 @@ from engine.outputs import Images
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.weights import Parts
+from schemas.image_schema import ImageRequest
 
 SCHEDULERS = {
     "PNDM": PNDMScheduler,
@@ -55,28 +56,23 @@ class Sdxl:
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Images:
-        request = task.request
+        request = cast(ImageRequest, task.request)  # the profile's modes hold it
         generator = torch.Generator("cpu").manual_seed(task.seed)
-        refiner = self._refiner()
         picture = task.pictures.get("image_url")
-        base_steps = 0 if picture is not None else _base_steps(request)
+        refiner = self._refiner()
         with progress.stage("encode"):
             texts = self._encode(refiner, request)
-        with progress.stage("denoise", base_steps + self._refiner_steps(request)) as step:
+        with progress.stage("denoise", self._steps(request, refiner.scheduler)) as step:
 
             def after_step(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 step()
                 return tensors
 
-            if picture is None:
-                image: Any = self._base_latents(request, generator, after_step)
-            else:
-                image = picture
             latents = refiner(
-                image=image,
+                image=self._base_latents(request, generator, after_step) if picture is None else picture,
                 num_inference_steps=request.refiner_inference_steps,
                 strength=request.strength,
-                denoising_start=request.high_noise_frac if picture is None else None,
+                denoising_start=request.high_noise_frac if request.splits else None,
                 guidance_scale=request.refiner_guidance_scale,
                 num_images_per_prompt=request.num_images,
                 generator=generator,
@@ -85,7 +81,8 @@ class Sdxl:
                 **texts,
             ).images
         with progress.stage("decode"):
-            return Images([image_to_uint8(self._decode(one)) for one in latents.split(1)])
+            # All at once, as diffusers does: one by one the convolutions may round otherwise.
+            return Images([image_to_uint8(image) for image in self._decode(latents).split(1)])
 
     def unload(self) -> None:
         self._parts.clear()
@@ -122,7 +119,7 @@ class Sdxl:
             )
         )
 
-    def _encode(self, refiner: StableDiffusionXLImg2ImgPipeline, request: Any) -> dict[str, torch.Tensor]:
+    def _encode(self, refiner: StableDiffusionXLImg2ImgPipeline, request: ImageRequest) -> dict[str, torch.Tensor]:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = refiner.encode_prompt(
             prompt=request.prompt or "",
@@ -132,7 +129,7 @@ class Sdxl:
         )
         return dict(zip(names, embeds, strict=True))
 
-    def _base_latents(self, request: Any, generator: torch.Generator, after_step: Any) -> torch.Tensor:
+    def _base_latents(self, request: ImageRequest, generator: torch.Generator, after_step: Any) -> torch.Tensor:
         latents: torch.Tensor = self._base(request.scheduler)(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -140,7 +137,7 @@ class Sdxl:
             width=request.width,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
-            denoising_end=request.high_noise_frac,
+            denoising_end=request.high_noise_frac if request.splits else None,
             num_images_per_prompt=request.num_images,
             generator=generator,
             output_type="latent",
@@ -148,18 +145,26 @@ class Sdxl:
         ).images
         return latents
 
-    def _refiner_steps(self, request: Any) -> int:
-        return max(1, min(int(request.refiner_inference_steps * request.strength), request.refiner_inference_steps))
+    def _steps(self, request: ImageRequest, refiner_scheduler: Any) -> int:
+        """Steps of both models together, counted as the pipelines count them."""
+        refiner = type(refiner_scheduler).from_config(refiner_scheduler.config)
+        refiner.set_timesteps(request.refiner_inference_steps)
+        refined = min(int(request.refiner_inference_steps * request.strength), request.refiner_inference_steps)
+        if request.image_url is not None:
+            return refined
+        base = SCHEDULERS[request.scheduler].from_config(self._parts["scheduler"].config)
+        base.set_timesteps(request.num_inference_steps)
+        if not request.splits:
+            return len(base.timesteps) + refined
+        train_steps = base.config.num_train_timesteps
+        cutoff = round(train_steps - request.high_noise_frac * train_steps)
+        return int((base.timesteps >= cutoff).sum() + (refiner.timesteps < cutoff).sum())
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(1, 4, h, w) latents -> (1, 3, H, W) in [-1, 1]."""
+        """(n, 4, h, w) latents -> (n, 3, H, W) in [-1, 1]."""
         vae = self._parts["vae"]
         decoded: torch.Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return decoded
-
-
-def _base_steps(request: Any) -> int:
-    return int(request.num_inference_steps)
 
 
 def _quiet(pipeline: Any) -> Any:

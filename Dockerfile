@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1.7
+# The layers go from what changes least to what changes most: system, packages, weights, code.
+# Weights are 13 GB (sdxl), 47 GB (wan21_i2v_480p) or 69 GB (wan22_i2v_svi); editing the worker never fetches them again.
+FROM python:3.11-slim-bookworm AS base
+
+# gcc and the C headers: Triton builds its launchers at run time. tini: reaps children and passes signals on.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev tini ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+
+WORKDIR /worker
+COPY builder/requirements.txt builder/requirements.txt
+RUN pip install -r builder/requirements.txt
+
+FROM base AS weights
+# What the bake needs and nothing else: this list decides when the weights are fetched anew.
+COPY download_weights.py download_weights.py
+COPY schemas/__init__.py schemas/errors.py schemas/
+COPY engine/published engine/published
+COPY engine/__init__.py engine/settings.py engine/
+# Which profiles this image holds; the sum is checked against 70 GB before the first byte is fetched.
+ARG PROFILES=sdxl
+# A token for gated repositories: --secret id=HF_TOKEN. It is in no layer and no history.
+RUN --mount=type=secret,id=HF_TOKEN,env=HF_TOKEN \
+    python download_weights.py --profiles "${PROFILES}" --output weights/baked
+
+FROM base AS worker
+COPY --from=weights /worker/weights weights
+COPY . .
+
+# RunPod mounts /runpod-volume as root: build with --build-arg UID=0 if the worker must write there.
+ARG UID=10001
+RUN mkdir -p output outbox cache && chown -R "${UID}" output outbox cache
+USER ${UID}
+
+# Nothing is fetched at run time; the SDK prints jobs and results at its default level; segments that grow keep a long
+# video job from failing for fragmentation with the card nearly full.
+ENV HOME=/worker/cache \
+    HF_HUB_OFFLINE=1 \
+    TRANSFORMERS_OFFLINE=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    DO_NOT_TRACK=1 \
+    RUNPOD_LOG_LEVEL=INFO \
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    WORKER_CACHE_DIR=cache
+
+ENTRYPOINT ["tini", "--", "python", "handler.py"]

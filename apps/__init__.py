@@ -1,0 +1,1 @@
+"""Doors to the worker: each translates between one platform and `handler.run`."""

@@ -1,0 +1,76 @@
+"""The RunPod door: the command line, and which of the three ways to take jobs it means.
+
+    handler.py                               takes jobs from RunPod; elsewhere runs test_input.json
+    handler.py --test_input ['{...}' | FILE] runs one job and exits 0, or 1 if it failed
+    handler.py --rp_serve_api                serves the SDK's API on this machine
+
+Nothing here loads a model or, before jobs are taken, the SDK.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from apps.runpod_jobs import Jobs, Run
+from apps.runpod_local import TEST_INPUT, run_local
+from apps.runpod_watch import PRODUCTION, Limits
+from engine import log
+from engine.settings import Settings
+
+
+def serve(
+    run: Run,
+    settings: Settings,
+    argv: Sequence[str],
+    checks: Sequence[Callable[[], None]] = (),
+    limits: Limits = PRODUCTION,
+) -> int:
+    """Take jobs the way `argv` says, and return the process's exit code.
+
+    `run`: one job, as RunPod gives it, to its response; called in one thread, never twice at a time.
+    `argv`: the arguments without the program's name.
+    `checks`: run once before the first job of an endpoint; one that raises ends the process with code 1.
+    After a fault of the card this does not return: it ends the process.
+    """
+    args = _parser().parse_args(argv)
+    log.configure(settings)
+    jobs = Jobs(run, settings, limits)
+    code = 0
+    try:
+        if args.rp_serve_api:
+            from apps.runpod_api import serve_api
+
+            serve_api(jobs, args.rp_api_host, args.rp_api_port)
+        elif args.test_input is not None or not settings.in_cloud:
+            code = run_local(jobs, str(TEST_INPUT) if args.test_input is None else args.test_input)
+        else:
+            from apps.runpod_loop import take_jobs
+
+            take_jobs(jobs, checks, limits)
+    except KeyboardInterrupt:
+        code = 130  # 128 + SIGINT, as shells have it
+    if jobs.is_faulty:  # a thread may hang, and the interpreter would wait for it
+        sys.stdout.flush()
+        os._exit(1)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="handler.py", allow_abbrev=False, description=__doc__.splitlines()[0]
+    )
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--test_input",
+        nargs="?",
+        const=str(TEST_INPUT),
+        metavar="JSON|FILE",
+        help="run one job; without a value, the test_input.json beside handler.py",
+    )
+    ways.add_argument("--rp_serve_api", action="store_true", help="serve RunPod's API for development")
+    parser.add_argument(
+        "--rp_api_host", default="localhost", help="where the API listens (default: %(default)s)"
+    )
+    parser.add_argument("--rp_api_port", type=int, default=8000, help="its port (default: %(default)s)")
+    return parser

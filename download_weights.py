@@ -1,0 +1,137 @@
+"""Bake weights: fetch, convert, merge LoRAs, write with a manifest. The worker itself never downloads.
+
+python download_weights.py --profiles sdxl,wan21_i2v_480p     into weights/baked
+python download_weights.py --tiny --output weights/tiny        tiny twins, offline, in seconds
+python download_weights.py --verify                            compare every sha256
+python download_weights.py --dry-run                           bytes against the budget
+python download_weights.py --lock                              look up commits and hashes (online)
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.hub import BakeFailed, HuggingFaceHub, Lock, look_up
+from engine.profile import Profile
+from engine.profiles import BAKES, BUDGET_BYTES, PROFILES
+from engine.settings import ROOT, Settings
+from engine.weights import IMAGE, locate
+from schemas.errors import WorkerError
+
+LOCK = ROOT / "builder" / "weights.lock.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    profiles = options.profiles
+    try:
+        if options.dry_run:
+            return dry_run(profiles)
+        if options.verify:
+            return verify(profiles, options.output)
+        if options.lock:
+            return lock(profiles, options.lock_file)
+        if options.tiny:
+            return tiny(profiles, options.output)
+        return bake(profiles, options.output, options.lock_file, options.require_lock)
+    except (BakeFailed, WorkerError) as error:
+        print(f"download_weights: {error}", file=sys.stderr)
+        return 1
+
+
+def bake(profiles: Sequence[Profile], output: Path, lock_file: Path, require_lock: bool) -> int:
+    """Fetch from the hub and bake; refuses before the first byte when the budget is passed."""
+    from engine.bake import bake as bake_profile
+
+    if dry_run(profiles):
+        return 1
+    hub = HuggingFaceHub(Lock.read(lock_file), require_lock=require_lock)
+    for profile in profiles:
+        print(bake_profile(profile, hub, output))
+    return 0
+
+
+def tiny(profiles: Sequence[Profile], output: Path) -> int:
+    """Write tiny repositories into a temporary folder and bake them by the same code."""
+    from engine.bake import bake as bake_profile
+    from engine.hub import FolderHub
+    from engine.twins import write_upstream
+
+    with tempfile.TemporaryDirectory() as folder:
+        for profile in profiles:
+            write_upstream(profile, Path(folder))
+            print(bake_profile(profile, FolderHub(Path(folder)), output, twin=True))
+    return 0
+
+
+def verify(profiles: Sequence[Profile], output: Path) -> int:
+    """Compare every file of the profiles with their manifests."""
+    for profile in profiles:
+        baked = locate(profile, Settings(weights_dir=output))
+        baked.verify()
+        print(f"{baked.profile.name}: {len(baked.files)} files are whole")
+    return 0
+
+
+def lock(profiles: Sequence[Profile], lock_file: Path) -> int:
+    """Ask the hub for commits and hashes and write them down. Online; commit the file it writes."""
+    from engine.bake import needed_folders
+
+    look_up(HuggingFaceHub(), needed_folders(profiles)).write(lock_file)
+    print(lock_file)
+    return 0
+
+
+def dry_run(profiles: Sequence[Profile]) -> int:
+    """Print the bytes of each profile and of all together, shared components once; 1 if over the budget."""
+    folders = {part.folder: part.size_bytes for profile in profiles for part in profile.components}
+    for profile in profiles:
+        print(f"{profile.name:24}{profile.size_bytes / 1e9:8.1f} GB")
+    total = sum(folders.values())
+    fits = total <= BUDGET_BYTES
+    verdict = "within" if fits else "OVER"
+    print(f"{'together':24}{total / 1e9:8.1f} GB, {verdict} the {BUDGET_BYTES / 1e9:.0f} GB budget")
+    return 0 if fits else 1
+
+
+def _profiles(text: str) -> list[Profile]:
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in BAKES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no such profile: {', '.join(unknown)}; there are {', '.join(BAKES)}"
+        )
+    return [PROFILES[name] for name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--profiles", type=_profiles, default=_profiles(",".join(BAKES)), help=f"of {', '.join(BAKES)}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=IMAGE.path, help="the weights folder (default weights/baked)"
+    )
+    parser.add_argument("--lock-file", type=Path, default=LOCK, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--require-lock", action="store_true", help="refuse repositories that the lock does not name"
+    )
+    doing = parser.add_mutually_exclusive_group()
+    doing.add_argument("--tiny", action="store_true", help="bake tiny twins, offline")
+    doing.add_argument("--verify", action="store_true", help="read every file again and compare its sha256")
+    doing.add_argument(
+        "--lock", action="store_true", help="look up commits and hashes online and write the lock"
+    )
+    doing.add_argument("--dry-run", action="store_true", help="only print the bytes; exit 1 over the budget")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

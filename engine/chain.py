@@ -1,0 +1,205 @@
+"""From a wanted length to clips the model can make, and from decoded clips back to one film.
+
+Every clip but the last is conditioned on the anchor and the last denoised latents of the clip before (layout
+svi); only the last one knows the end picture. A later clip renders the anchor and the frames of those latents
+again: they are dropped at the seam. Source: Stable-Video-Infinity, branch svi_wan22,
+inference_svi_2.0_pro.py, which drops one frame less and so leaves a duplicate at each seam.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from engine.conditioning import LAYOUTS, Layout
+from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
+from schemas.errors import InvalidInput, Problem
+
+MAX_CLIP_FRAMES = (
+    81  # SVI was trained on it; beyond, colours fade and the motion runs back to the first frame
+)
+SEED_STRIDE = 42  # the authors' own; with one seed for all clips colours saturate from clip to clip
+OVERLAP = 5  # pixel frames that two clips share: the anchor and the 4 frames of one motion latent
+
+FramePolicy = Literal["exact", "window"]
+"""exact: the frames asked for, the last one on the end picture. window: what the layout's origin returns."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks of a chain."""
+
+    frames: int
+    """The whole film, 4k + 1. When it goes on from something, the frames it shares with that are counted."""
+    prompts: tuple[str, ...]
+    """One for each clip; the last one holds for the clips that have none."""
+    seed: int
+    """Of clip 0 of the whole film, whichever job made it."""
+    layout: str
+    policy: FramePolicy = "exact"
+    lock_end: bool | None = None
+    """Put the encoded end picture in the last latent's place. None: where the layout has such a latent."""
+    overlap: int = OVERLAP
+    """Frames that two clips share, 4m + 1: the anchor and m motion latents."""
+    continues: bool = False
+    """The first clip has motion latents already."""
+    first_index: int = 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One run of the sampler, and which of its decoded frames are kept."""
+
+    index: int
+    """Through the whole film, earlier jobs included."""
+    layout: str
+    frames: int
+    """Pixel frames as planned, 4k + 1."""
+    latent_frames: int
+    seed: int
+    prompt: str
+    lock_end: bool
+    end_alone: bool
+    """The last latent is decoded alone."""
+    drop: int
+    """Leading decoded frames that the clip before has shown."""
+    cut: int | None
+    """One more decoded frame to leave out; negative: counted from the end."""
+
+    @property
+    def decoded_frames(self) -> int:
+        plain = VAE_STRIDE_T * (self.latent_frames - 1) + 1
+        return plain - VAE_STRIDE_T + 1 if self.end_alone else plain
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indexes of the decoded frames that go into the film."""
+        cut = None if self.cut is None else self.cut % self.decoded_frames
+        return tuple(i for i in range(self.drop, self.decoded_frames) if i != cut)
+
+
+def plan(wish: Wish) -> tuple[Clip, ...]:
+    """Divide a film into the fewest clips of at most 81 frames, of about equal length.
+
+    Raises:
+        InvalidInput: the length is none that the VAE takes, or the layout cannot go on from a clip before.
+    """
+    _check(wish, LAYOUTS[wish.layout])
+    lengths = _lengths(wish.frames, wish.overlap)
+    if len(lengths) > 1 and not LAYOUTS[wish.layout].takes_motion:
+        raise _refuse_chain(wish.layout)
+    return tuple(_clip(wish, i, frames, is_last=i == len(lengths) - 1) for i, frames in enumerate(lengths))
+
+
+def returned_frames(clips: Iterable[Clip]) -> int:
+    """Frames of the finished film."""
+    return sum(len(clip.kept) for clip in clips)
+
+
+def motion_after(clip: Clip, latents: Tensor, overlap: int = OVERLAP) -> Tensor:
+    """The motion latents (1, 16, m, h, w) for the next clip, from this one's denoised (1, 16, T, h, w).
+
+    They are the last m; where the clip ended on a single-picture latent, the last m before it, because a
+    first-frame latent carries no motion.
+    """
+    stop = latents.shape[2] - LAYOUTS[clip.layout].single_image_end
+    return latents[:, :, stop - overlap // VAE_STRIDE_T : stop].clone()
+
+
+def newest_frames(video: Tensor, overlap: int = OVERLAP) -> Tensor:
+    """The last overlap + 4 frames of a video (1, 3, F, H, W): what its motion latents are encoded from.
+
+    Sliced before the encoder, which would keep the oldest 4k + 1 by itself. 9 is the reference for 1 latent.
+
+    Raises:
+        InvalidInput: the video is shorter.
+    """
+    needed = overlap + VAE_STRIDE_T
+    if video.shape[2] < needed:
+        raise InvalidInput(
+            [
+                Problem(
+                    "prefix_video", f"has {video.shape[2]} frames; going on from it takes at least {needed}"
+                )
+            ]
+        )
+    return video[:, :, -needed:]
+
+
+def keep(chunks: Iterable[Tensor], kept: Iterable[int]) -> Iterator[Tensor]:
+    """Pass on only the frames whose index in the whole stream is in `kept`; chunks are (1, 3, f, H, W)."""
+    wanted = frozenset(kept)
+    position = 0
+    for chunk in chunks:
+        frames = chunk.shape[2]
+        here = [i for i in range(frames) if position + i in wanted]
+        position += frames
+        if len(here) == frames:
+            yield chunk
+        elif here:
+            yield chunk[:, :, here]
+
+
+def _check(wish: Wish, layout: Layout) -> None:
+    problems = []
+    if not is_legal_frames(wish.frames) or wish.frames == 1:
+        problems.append(Problem("video_length", frames_advice(max(wish.frames, 1 + VAE_STRIDE_T))))
+    elif wish.continues and wish.frames < wish.overlap + VAE_STRIDE_T:
+        problems.append(
+            Problem(
+                "video_length",
+                f"must be at least {wish.overlap + VAE_STRIDE_T} to go on: "
+                f"{wish.overlap} frames are shared with what came before",
+            )
+        )
+    if wish.overlap <= 1 or not is_legal_frames(wish.overlap):
+        problems.append(Problem("overlap", frames_advice(max(wish.overlap, OVERLAP))))
+    if wish.continues and not layout.takes_motion:
+        problems += _refuse_chain(wish.layout).problems
+    if wish.lock_end and not layout.single_image_end:
+        problems.append(Problem("lock_end", f"layout {wish.layout} has no latent of the end picture alone"))
+    if problems:
+        raise InvalidInput(problems)
+
+
+def _refuse_chain(name: str) -> InvalidInput:
+    chaining = ", ".join(other for other, layout in LAYOUTS.items() if layout.takes_motion)
+    return InvalidInput(
+        [
+            Problem(
+                "layout",
+                f"{name} has no place for the motion of a clip before, so it makes one clip of at most "
+                f"{MAX_CLIP_FRAMES} frames; for more: {chaining}",
+            )
+        ]
+    )
+
+
+def _lengths(frames: int, overlap: int) -> tuple[int, ...]:
+    """Frames of each clip, each 4k + 1, the longer ones first."""
+    count = 1 + -(-max(0, frames - MAX_CLIP_FRAMES) // (MAX_CLIP_FRAMES - overlap))
+    groups = (frames + overlap * (count - 1) - count) // VAE_STRIDE_T
+    return tuple(1 + VAE_STRIDE_T * (groups // count + (i < groups % count)) for i in range(count))
+
+
+def _clip(wish: Wish, i: int, frames: int, is_last: bool) -> Clip:
+    name = wish.layout if is_last else "svi"
+    layout = LAYOUTS[name]
+    lock_end = layout.single_image_end and wish.lock_end is not False
+    end_alone = layout.end_alone or lock_end
+    exact = wish.policy == "exact"
+    # One latent more gives one frame too many: the one before the end picture goes.
+    exact_cut = -2 if end_alone else None
+    return Clip(
+        index=wish.first_index + i,
+        layout=name,
+        frames=frames,
+        latent_frames=(frames - 1) // VAE_STRIDE_T + 1 + (layout.extra_latent or (exact and end_alone)),
+        seed=wish.seed + SEED_STRIDE * (wish.first_index + i),
+        prompt=wish.prompts[min(i, len(wish.prompts) - 1)],
+        lock_end=lock_end,
+        end_alone=end_alone,
+        drop=wish.overlap if i > 0 or wish.continues else 0,
+        cut=exact_cut if exact else layout.window_cut,
+    )

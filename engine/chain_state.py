@@ -1,0 +1,106 @@
+"""What a chain of clips hands to the job that goes on with it: its last latents, and where its seeds stand.
+
+Little-endian: magic, version, motion latents, channels, height, width, next clip, base seed, SHA-256 of the
+anchor's pixels, CRC-32 of all the rest; then the latents as fp32. At 832x480 400 kB, as base64 532 kB.
+"""
+
+import base64
+import binascii
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.geometry import VAE_STRIDE_S, LatentShape
+from schemas.errors import InvalidInput, Problem
+
+MAGIC = b"SVIS"
+VERSION = 1
+_HEAD = struct.Struct("<4sHHHHHIQ32s")
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class ChainState:
+    """The end of a chain."""
+
+    motion: Tensor
+    """(1, z, m, h, w) normalised fp32 on the CPU: the last denoised latents."""
+    seed: int
+    """The chain's base seed: of clip 0."""
+    next_index: int
+    """Of the clip that comes next; clips count through the whole film."""
+    anchor_sha256: bytes
+
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(*self.motion.shape[2:])
+
+
+def anchor_digest(anchor: Tensor) -> bytes:
+    """Identify an anchor by its pixels (1, 3, 1, H, W), fp32."""
+    return hashlib.sha256(anchor.cpu().contiguous().numpy().tobytes()).digest()
+
+
+def pack_state(state: ChainState) -> str:
+    """The state as base64 text, for a response."""
+    _, channels, frames, height, width = state.motion.shape
+    latents = state.motion.cpu().contiguous().numpy().astype("<f4").tobytes()
+    head = _HEAD.pack(
+        MAGIC, VERSION, frames, channels, height, width, state.next_index, state.seed, state.anchor_sha256
+    )
+    return base64.b64encode(head + _CRC.pack(zlib.crc32(head + latents)) + latents).decode()
+
+
+def unpack_state(text: str) -> ChainState:
+    """Read a state back. Its base64 may be URL-safe, unpadded, or broken into lines.
+
+    Raises:
+        InvalidInput: no state, one of another version, or a damaged one.
+    """
+    raw = _decode(text)
+    if len(raw) < _HEAD.size + _CRC.size or raw[: len(MAGIC)] != MAGIC:
+        raise _refuse("is no state that this worker returned")
+    head, latents = raw[: _HEAD.size], raw[_HEAD.size + _CRC.size :]
+    _, version, frames, channels, height, width, next_index, seed, digest = _HEAD.unpack(head)
+    if version != VERSION:
+        raise _refuse(f"is of version {version}; this worker reads version {VERSION}")
+    if _CRC.unpack_from(raw, _HEAD.size)[0] != zlib.crc32(head + latents):
+        raise _refuse("is damaged: its checksum does not match")
+    shape = (1, channels, frames, height, width)
+    if len(latents) != 4 * channels * frames * height * width or not latents:
+        raise _refuse("is damaged: its length does not match its size")
+    motion = torch.from_numpy(np.frombuffer(latents, "<f4").astype(np.float32)).view(shape)
+    if not torch.isfinite(motion).all():
+        raise _refuse("holds values that are no numbers")
+    return ChainState(motion, seed, next_index, digest)
+
+
+def check_fits(state: ChainState, shape: LatentShape, channels: int) -> None:
+    """Refuse a state that this job cannot go on from; `shape.frames`: the motion latents that it takes.
+
+    Raises:
+        InvalidInput: names both sizes.
+    """
+    if state.motion.shape[1] != channels or state.shape != shape:
+        raise _refuse(f"holds {_size(state.shape)}; this job goes on from {_size(shape)}")
+
+
+def _size(shape: LatentShape) -> str:
+    return f"{shape.frames} latents of {shape.width * VAE_STRIDE_S}x{shape.height * VAE_STRIDE_S}"
+
+
+def _decode(text: str) -> bytes:
+    compact = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refuse("is not base64") from error
+
+
+def _refuse(sentence: str) -> InvalidInput:
+    return InvalidInput([Problem("state", sentence)])

@@ -1,0 +1,88 @@
+"""Clips in: the last frames of a stranger's video, decoded in a child."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from engine import sandbox
+from engine.media import Fetch, read_media
+from schemas.errors import InvalidMedia
+
+MAX_PIXELS = 4096 * 2304
+MAX_SIDE = 4096
+MIN_SIDE = 16
+MAX_FRAMES = 3600
+MAX_DURATION_S = 120.0
+MAX_RESULT_BYTES = 2**29
+
+# More seconds than a picture gets: a clip with a single key frame must be decoded from its beginning.
+_LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=20, memory_bytes=2**30, result_bytes=MAX_RESULT_BYTES)
+_SENTENCES = {
+    "too_large": f"the video's frames are over {MAX_PIXELS:,} pixels, or a side is over {MAX_SIDE}",
+    "too_small": f"a side of the video is under {MIN_SIDE} pixels",
+    "too_long": f"the video has more than {MAX_FRAMES} frames or is longer than {MAX_DURATION_S:g} s",
+    "too_short": "the video has fewer frames than are needed",
+    "codec": "the video's codec is not H.264, HEVC, MPEG-4, VP8, VP9 or AV1",
+    "memory": "the video needs too much memory to decode",
+    "slow": "the video takes too long to decode",
+    "damaged": "the video is damaged, cut short or without pictures",
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The end of a video: RGB frames in the order they are shown."""
+
+    frames: list[Image.Image]
+    fps: float | None
+    """As the file says; None where it says nothing."""
+
+
+def load_clip(value: str, *, fetch: Fetch, max_bytes: int, last_frames: int) -> list[Image.Image]:
+    """Load the last frames of an MP4, MOV, WebM or Matroska video from an http(s) URL, a data URI or base64.
+
+    Raises:
+        FetchFailed: from `fetch`.
+        InvalidMedia: it is not such a video, has fewer frames, or is over a limit.
+    """
+    return decode_clip(read_media(value, "video", fetch=fetch, max_bytes=max_bytes), last_frames).frames
+
+
+def decode_clip(data: bytes, last_frames: int) -> Clip:
+    """Decode a video's bytes; see `load_clip`.
+
+    Raises:
+        InvalidMedia: it is not such a video, has fewer frames, or is over a limit.
+    """
+    form = clip_form(data)
+    if form is None:
+        raise InvalidMedia("not an MP4, MOV, WebM or Matroska video")
+    rules = {
+        "last_frames": last_frames,
+        "max_frames": MAX_FRAMES,
+        "max_duration_s": MAX_DURATION_S,
+        "max_pixels": MAX_PIXELS,
+        "max_side": MAX_SIDE,
+        "min_side": MIN_SIDE,
+    }
+    try:
+        raster = sandbox.decode(data, form, rules, _LIMITS)
+    except sandbox.Refused as refusal:
+        raise InvalidMedia(_SENTENCES[refusal.reason]) from refusal
+    size_bytes = raster.height * raster.width * 3
+    frames = [
+        Image.frombytes(
+            "RGB", (raster.width, raster.height), raster.pixels[i * size_bytes : (i + 1) * size_bytes]
+        )
+        for i in range(raster.frames)
+    ]
+    return Clip(frames, raster.fps)
+
+
+def clip_form(data: bytes) -> str | None:
+    """libavformat's name of the container by the first bytes: mov (also MP4) or matroska (also WebM), else None."""
+    if data[4:8] == b"ftyp":
+        return "mov"
+    if data.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    return None

@@ -1,0 +1,238 @@
+"""Where the experts of a transformer live, and how one takes another's place without a pause.
+
+Why. Wan2.2 has two transformers of one architecture: the first steps run on one, the rest on the other. In
+bfloat16 each is 28.6 GB, so a 48 GB card holds one. The usual way out copies whole models back and forth
+through pageable memory, 20 seconds a job and more.
+
+How. All experts stay in page-locked host memory, one flat buffer a piece: a transformer block, or what
+stands before (entry) or after (exit) the blocks. The card holds ONE set of buffers with the same layout,
+and the model's parameters are views of them. An expert is brought in by copying into those buffers, so no
+address ever changes: compiled graphs stay valid and the allocator sees nothing.
+
+Rolling. In the last forward of an expert a block is not needed any more once it has run. A hook after block
+i lets a second stream wait for that moment and copy block i of the next expert into the same bytes, while
+the blocks after it still compute. At 25 GB/s the copy takes 1.1 s and a forward takes more than 2, so only
+the last block's 30 ms show. The way back to the first expert hides behind the last forward of the job.
+
+Streaming is the same rule with fewer buffers. With n blocks and s slots, block i always runs in slot i % s,
+and after it ran its slot is next needed by block i + s. With s = n that is block i of the next forward,
+which only another expert's turn makes a copy of; with s = 2 every block of every forward is copied while
+its neighbour computes.
+
+Safety. Each slot says which block of which expert it holds; the tag is taken away before a copy and set
+after it. Whatever went wrong in between, `use` copies every slot whose tag is not the wanted one, so a
+mixed model cannot run.
+
+Hooks must stay outside compiled code: compile `block.forward`, not the block (see `compiling`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.packing import BLOCKS, layout, point_at, tensor_of
+
+
+class Experts(Protocol):
+    """What a denoising loop needs to know."""
+
+    bytes_moved: int
+    """Host to device, since the start."""
+
+    def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Any:
+        """A context whose value is the model to call.
+
+        `forwards`: how many calls the context will see, `then`: who comes after it. Both are hints: with
+        them the change is hidden behind the last call, without them it waits until the next `use`.
+        """
+
+
+class FixedExperts:
+    """Every expert on the card for good: nothing moves."""
+
+    bytes_moved = 0
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        self._models = dict(models)
+
+    @contextmanager
+    def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Iterator[nn.Module]:  # noqa: ARG002 no hint is needed here
+        yield self._models[expert]
+
+
+class RollingExperts:
+    """Experts of one architecture that share one set of buffers on the card. The modules given are taken
+    over."""
+
+    def __init__(self, experts: Mapping[str, nn.Module], device: str, slots: int | None = None) -> None:
+        """`slots`: blocks that the card holds at a time; all of them if None.
+
+        Raises:
+            ValueError: the experts differ in layout, or fewer slots than blocks and the blocks differ.
+        """
+        models = list(experts.values())
+        self._pieces = layout(models[0])
+        if any(layout(model) != self._pieces for model in models[1:]):
+            raise ValueError("the experts differ in their tensors; they cannot share storage")
+        self._blocks = len(self._pieces) - 2
+        self._slots = slots or self._blocks
+        if self._slots < self._blocks and len({p.fields for p in self._pieces[2:]}) > 1:
+            raise ValueError("the blocks differ in their tensors; they cannot share slots")
+        self.bytes_moved = 0
+        self.notes: list[str] = []
+        self._pinned: list[Tensor] = []
+        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        with torch.inference_mode(False):  # an inference tensor could not be copied into outside that mode
+            self._host = {name: self._pack(model) for name, model in experts.items()}
+            self._card = [
+                torch.empty(piece.size_bytes, dtype=torch.uint8, device=device)
+                for piece in self._pieces[: 2 + self._slots]
+            ]
+            self.model = models[0]
+            for i, piece in enumerate(self._pieces):
+                point_at(self.model, piece, self._card[self._slot(i)])
+        self._holds: list[tuple[str, int] | None] = [None] * len(self._card)
+        self._arrival: list[torch.cuda.Event | None] = [None] * len(self._card)
+
+    @contextmanager
+    def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Iterator[nn.Module]:
+        """See Experts.use. Raises RuntimeError, inside the block, on a call after the last of `forwards`."""
+        if then is not None and then not in self._host:
+            raise ValueError(f"{then} is none of the experts {', '.join(self._host)}")
+        self.prefetch(expert)
+        turn = _Turn(self, expert, forwards, then)
+        with ExitStack() as hooks:
+            for handle in turn.hooks():
+                hooks.callback(handle.remove)
+            yield self.model
+
+    def prefetch(self, expert: str) -> None:
+        """Start bringing `expert` in; its first forward waits for each piece as it needs it."""
+        for i in range(len(self._card)):
+            self.place(expert, i)
+
+    def repair(self, expert: str) -> int:
+        """After any failure: forget half-made copies and bring `expert` in whole. Returns the bytes copied
+        for it."""
+        before = self.bytes_moved
+        self.prefetch(expert)
+        return self.bytes_moved - before
+
+    def place(self, expert: str, i: int) -> None:
+        """Copy piece `i` of `expert` into its slot once the card has done all work given to it so far."""
+        slot = self._slot(i)
+        if self._holds[slot] == (expert, i):
+            return
+        self._holds[slot] = None
+        if self._stream is None:
+            self._copy(expert, i)
+        else:
+            done = torch.cuda.current_stream(self._stream.device).record_event()
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(done)
+                self._copy(expert, i)
+                self._arrival[slot] = self._stream.record_event()
+        self._holds[slot] = (expert, i)
+        self.bytes_moved += self._pieces[i].size_bytes
+
+    def arrive(self, expert: str, i: int) -> None:
+        """Make the card's next work wait until piece `i` of `expert` is there."""
+        self.place(expert, i)
+        slot = self._slot(i)
+        arrival, self._arrival[slot] = self._arrival[slot], None
+        if arrival is not None and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(arrival)
+
+    def next_in_slot(self, i: int) -> tuple[int, bool]:
+        """Which block needs block i's slot next, and whether that is in the next forward."""
+        following = i + self._slots
+        return (following, False) if following < self._blocks else (i % self._slots, True)
+
+    def unload(self) -> None:
+        """Give back card and host memory. The model is empty afterwards."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)
+        for buffer in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        self.model.to("meta")
+        self._pinned, self._card, self._host = [], [], {}
+
+    def _slot(self, i: int) -> int:
+        return i if i < 2 else 2 + (i - 2) % self._slots
+
+    def _copy(self, expert: str, i: int) -> None:
+        self._card[self._slot(i)].copy_(self._host[expert][i], non_blocking=True)
+
+    def _pack(self, model: nn.Module) -> list[Tensor]:
+        """Move a model's tensors into flat host buffers, piece by piece, so that nothing is held twice."""
+        buffers = []
+        for piece in self._pieces:
+            buffer = torch.empty(piece.size_bytes, dtype=torch.uint8)
+            for field in piece.fields:
+                field.view(buffer).copy_(tensor_of(model, piece.prefix + field.name))
+            point_at(model, piece, buffer)
+            self._pin(buffer)
+            buffers.append(buffer)
+        return buffers
+
+    def _pin(self, buffer: Tensor) -> None:
+        # Registering memory we have: torch's own pinned allocator rounds each buffer up to a power of two.
+        if self._stream is None:
+            return
+        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        if int(code) == 0:
+            self._pinned.append(buffer)
+        elif not self.notes:
+            self.notes.append(
+                f"host memory could not be page-locked (CUDA error {int(code)}): swaps will be slow"
+            )
+
+
+class _Turn:
+    """One `use`: counts the calls, makes each piece arrive before it runs, and lets the next expert in
+    behind it."""
+
+    def __init__(self, experts: RollingExperts, expert: str, forwards: int, then: str | None) -> None:
+        self._experts = experts
+        self._expert = expert
+        self._forwards = forwards
+        self._then = then
+        self._calls = 0
+
+    def hooks(self) -> Iterator[Any]:
+        model = self._experts.model
+        yield model.register_forward_pre_hook(self._before_model)
+        yield model.register_forward_hook(self._after_model)
+        for i, block in enumerate(model.get_submodule(BLOCKS.rstrip(".")).children()):
+            yield block.register_forward_pre_hook(lambda *_, i=i: self._experts.arrive(self._expert, 2 + i))
+            yield block.register_forward_hook(lambda *_, i=i: self._after_block(i))
+
+    @property
+    def _is_last(self) -> bool:
+        return self._forwards > 0 and self._calls == self._forwards
+
+    def _before_model(self, *_: object) -> None:
+        self._calls += 1
+        if self._forwards and self._calls > self._forwards:
+            raise RuntimeError(
+                f"expert {self._expert} was announced for {self._forwards} forwards and is called again"
+            )
+        self._experts.arrive(self._expert, 0)
+        self._experts.arrive(self._expert, 1)
+
+    def _after_block(self, i: int) -> None:
+        following, is_next_forward = self._experts.next_in_slot(i)
+        expert: str | None = self._expert
+        if is_next_forward and self._is_last:
+            expert = self._then
+        if expert is not None:
+            self._experts.place(expert, 2 + following)
+        if i == 0 and self._is_last and self._then is not None:
+            self._experts.place(self._then, 0)
+
+    def _after_model(self, *_: object) -> None:
+        if self._is_last and self._then is not None:
+            self._experts.place(self._then, 1)

@@ -1,0 +1,302 @@
+"""The one place that opens a stranger's URL: checked addresses, one wall clock, counted bytes.
+
+Name, connection, TLS, headers, redirects and body share one deadline: every call on the socket gets the time
+that is left, so a peer who sends a byte now and then gains nothing, and no timer thread is needed. The socket
+connects to the very address that was checked. The caller learns one and the same sentence of a host that is
+closed, forbidden or unknown.
+"""
+
+import http.client
+import io
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Any, cast
+
+from engine.addresses import Address, Allowed, may_connect, parse_allowed
+from engine.urls import Target, parse_url
+from schemas.errors import FetchFailed
+
+Resolve = Callable[[str, int], list[str]]
+"""Host and port -> its addresses as text. Called once a hop, in a thread, and may raise OSError."""
+
+MAX_REDIRECTS = 3
+MAX_LOOKUPS = 8  # lookups still running, the abandoned ones included
+HEAD_BYTES = 2**18  # of one hop: status lines and headers, interim answers included
+FRAMING_FACTOR = 2  # bytes on the wire a byte of body, at most; honest chunks add a thousandth
+CHUNK_BYTES = 2**16
+
+UNREACHABLE = "the URL could not be read: its host does not exist, does not answer, or is not allowed"
+TOO_SLOW = "the URL took too long to read"
+CUT_SHORT = "the URL's body ended early or is malformed"
+
+_log = logging.getLogger(__name__)
+_lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+def system_resolver(host: str, port: int) -> list[str]:
+    """Every address the system gives for a name or for any spelling of an address."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+
+
+def fetch(
+    url: str,
+    *,
+    timeout_s: float = 20.0,
+    max_bytes: int = 20 * 2**20,
+    allow: tuple[str, ...] = (),
+    resolve: Resolve = system_resolver,
+) -> bytes:
+    """Read a URL within `timeout_s` seconds of wall clock, redirects included.
+
+    `allow`: hosts, host:port or networks that may be private; see `engine.addresses.parse_allowed`.
+
+    Raises:
+        FetchFailed: whatever went wrong; the sentence names no address.
+    """
+    allowed = parse_allowed(allow)
+    deadline = Deadline(timeout_s)
+    target = parse_url(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = _get(target, deadline, max_bytes, allowed, resolve)
+        if isinstance(answer, bytes):
+            return answer
+        target = answer
+    raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times")
+
+
+def check_endpoint(
+    url: str, *, allow: tuple[str, ...] = (), resolve: Resolve = system_resolver, timeout_s: float = 5.0
+) -> None:
+    """Refuse a URL that `fetch` would not connect to, without connecting.
+
+    Raises:
+        FetchFailed: the URL is malformed, or one of its host's addresses is not allowed.
+    """
+    _checked_addresses(parse_url(url), Deadline(timeout_s), parse_allowed(allow), resolve)
+
+
+class FetchBudget:
+    """The fetches of one job: each has its own limits, and together they share seconds and bytes."""
+
+    def __init__(
+        self,
+        *,
+        timeout_s: float = 20.0,
+        max_bytes: int = 20 * 2**20,
+        job_timeout_s: float = 40.0,
+        job_max_bytes: int = 40 * 2**20,
+        allow: tuple[str, ...] = (),
+        resolve: Resolve = system_resolver,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
+        self._left_s = job_timeout_s
+        self._left_bytes = job_max_bytes
+        self._allow = allow
+        self._resolve = resolve
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, url: str) -> bytes:
+        with self._one_at_a_time:
+            started = time.monotonic()
+            try:
+                body = fetch(
+                    url,
+                    timeout_s=min(self._timeout_s, self._left_s),
+                    max_bytes=min(self._max_bytes, self._left_bytes),
+                    allow=self._allow,
+                    resolve=self._resolve,
+                )
+            finally:
+                self._left_s = max(0.0, self._left_s - (time.monotonic() - started))
+            self._left_bytes -= len(body)
+            return body
+
+
+class Deadline:
+    """One wall clock for everything a fetch does."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._ends = time.monotonic() + timeout_s
+
+    def left_s(self) -> float:
+        """Seconds left, more than zero. Raises TimeoutError when there are none."""
+        left_s = self._ends - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
+
+
+class _Wire(io.RawIOBase):
+    """A connected socket whose every call gets the time that is left, and which counts what comes in."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline, limit_bytes: int) -> None:
+        self._connection = connection
+        self._deadline = deadline
+        self.left_bytes = limit_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(self._deadline.left_s())
+        count = self._connection.recv_into(buffer)
+        self.left_bytes -= count
+        if self.left_bytes < 0:
+            raise _Flooded
+        return count
+
+    def send_all(self, data: bytes) -> None:
+        self._connection.settimeout(self._deadline.left_s())
+        self._connection.sendall(data)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What `http.client.HTTPResponse` reads from; all it asks of a socket."""
+        return io.BufferedReader(self, CHUNK_BYTES)
+
+
+class _Flooded(OSError):
+    """More bytes on the wire than a body within the limit needs, however it is chunked."""
+
+
+def _get(
+    target: Target, deadline: Deadline, max_bytes: int, allowed: tuple[Allowed, ...], resolve: Resolve
+) -> bytes | Target:
+    """One hop: the body, or where it redirects to."""
+    addresses = _checked_addresses(target, deadline, allowed, resolve)
+    with _connect(target, addresses, deadline) as connection:
+        try:
+            wire = _Wire(connection, deadline, HEAD_BYTES)
+            response = _ask(target, wire)
+            if response.status in _REDIRECTS:
+                return _next_target(target, response)
+            wire.left_bytes += FRAMING_FACTOR * max_bytes
+            return _read_body(response, max_bytes)
+        except TimeoutError as error:
+            raise FetchFailed(TOO_SLOW) from error
+        except _Flooded as error:
+            raise FetchFailed(_too_large(max_bytes)) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise FetchFailed(CUT_SHORT) from error
+
+
+def _checked_addresses(
+    target: Target, deadline: Deadline, allowed: tuple[Allowed, ...], resolve: Resolve
+) -> list[Address]:
+    """Every address of the host, all of them allowed. The only lookup of this hop."""
+    try:
+        addresses = [ip_address(text) for text in _look_up(target, deadline, resolve)]
+    except (OSError, ValueError) as error:  # ValueError: UnicodeError of a name that no resolver can carry
+        _log.info("fetch: %s did not resolve (%s)", target.host, type(error).__name__)
+        raise FetchFailed(UNREACHABLE) from error
+    if not may_connect(target.host, target.port, addresses, allowed):
+        _log.warning("fetch: %s port %d is not allowed", target.host, target.port)
+        raise FetchFailed(UNREACHABLE)
+    return addresses
+
+
+def _look_up(target: Target, deadline: Deadline, resolve: Resolve) -> list[str]:
+    """Resolve in a thread of its own: a lookup cannot be interrupted, so at the deadline it is left behind.
+
+    Those left behind are bounded; each ends when the system's resolver gives up.
+    """
+    if not _lookups.acquire(timeout=deadline.left_s()):
+        raise TimeoutError
+    found: list[str] = []
+    failure: list[OSError | ValueError] = []
+
+    def look_up() -> None:
+        try:
+            found.extend(resolve(target.host, target.port))
+        except (OSError, ValueError) as error:
+            failure.append(error)
+        finally:
+            _lookups.release()
+
+    thread = threading.Thread(target=look_up, name="fetch-lookup", daemon=True)
+    thread.start()
+    thread.join(deadline.left_s())
+    if thread.is_alive():
+        raise TimeoutError
+    if failure:
+        raise failure[0]
+    return found
+
+
+def _connect(target: Target, addresses: list[Address], deadline: Deadline) -> socket.socket:
+    """Connect to the first address that answers; each gets an equal share of the time that is left."""
+    for index, address in enumerate(addresses):
+        connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+        try:
+            connection.settimeout(deadline.left_s() / (len(addresses) - index))
+            connection.connect((str(address), target.port))
+            return _encrypt(connection, target, deadline) if target.scheme == "https" else connection
+        except ssl.SSLCertVerificationError as error:
+            connection.close()
+            raise FetchFailed("the URL's server has no valid certificate") from error
+        except OSError as error:
+            connection.close()
+            _log.info("fetch: %s did not answer (%s)", target.host, type(error).__name__)
+    raise FetchFailed(UNREACHABLE)
+
+
+def _encrypt(connection: socket.socket, target: Target, deadline: Deadline) -> socket.socket:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    connection.settimeout(deadline.left_s())
+    return context.wrap_socket(connection, server_hostname=target.host)
+
+
+def _ask(target: Target, wire: _Wire) -> http.client.HTTPResponse:
+    """Send the request and read the answer's head."""
+    lines = (
+        f"GET {target.path} HTTP/1.1",
+        f"Host: {target.authority}",
+        "User-Agent: svi-worker",
+        "Accept: image/png, image/jpeg, image/webp, video/mp4, video/webm, */*;q=0.1",
+        "Accept-Encoding: identity",
+        "Connection: close",
+    )
+    wire.send_all("\r\n".join((*lines, "", "")).encode("ascii"))
+    response = http.client.HTTPResponse(cast(socket.socket, wire), method="GET")
+    response.begin()
+    return response
+
+
+def _next_target(target: Target, response: http.client.HTTPResponse) -> Target:
+    """Where a redirect leads; its body stays unread."""
+    location = response.headers.get("Location")
+    if location is None:
+        raise FetchFailed(f"the URL's server answered {response.status} without a Location")
+    return target.follow(location)
+
+
+def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise FetchFailed(f"the URL's server answered {response.status}")
+    content_coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    transfer_coding = response.headers.get("Transfer-Encoding", "chunked").strip().lower()
+    if content_coding != "identity" or transfer_coding != "chunked":
+        raise FetchFailed("the URL's server compresses its answer, which was not asked for")
+    declared = response.length
+    if declared is not None and declared > max_bytes:
+        raise FetchFailed(_too_large(max_bytes))
+    body = bytearray()
+    while chunk := response.read(CHUNK_BYTES):
+        body += chunk
+        if len(body) > max_bytes:
+            raise FetchFailed(_too_large(max_bytes))
+    if declared is not None and len(body) != declared:
+        raise FetchFailed(CUT_SHORT)
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"the URL's body is larger than {max_bytes:,} bytes"

@@ -1,0 +1,115 @@
+"""Whether the 8-bit kernels of `linear8` work here, whether they ran, and how far their results are off.
+
+A kernel can be missing from a build, wrong on a card, or skipped without a word; each has happened to
+others. So a card proves itself at start: every fast kernel multiplies small numbers and is compared with
+the float32 value of the same 8-bit operands, and one that fails is left out and said. `kernel_calls` is the
+check for later: what really ran.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.linear8 import KINDS, Kind, Linear8, round_rows, widened_product
+
+FAST_KINDS = ("fp8", "int8")  # in the order of preference
+# The fast product against its own float32 value: only bf16's rounding (about 50 dB) and the accumulator
+# differ.
+MIN_SNR_DB = 35.0
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Which fast kinds a device really has, and a sentence for each that was refused."""
+
+    passed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> str:
+        """What to quantise to on this device."""
+        return self.passed[0] if self.passed else "fp8-weights"
+
+    def kind_for(self, stored: str) -> str:
+        """How to multiply weights baked as `stored` (fp8 or int8): fast if that passed, else widened."""
+        return stored if stored in self.passed else f"{stored}-weights"
+
+
+def self_test(device: str, kinds: Mapping[str, Kind] = KINDS) -> SelfTest:
+    """Multiply on the device with each fast kernel and compare with float32; a kernel that errs is left out
+    and said.
+
+    Takes a few milliseconds on a card. A CPU has no fast kernel, so nothing passes there.
+    """
+    passed, notes = [], []
+    for name in FAST_KINDS:
+        problem = _problem(device, kinds[name])
+        if problem is None:
+            passed.append(name)
+        else:
+            notes.append(f"8-bit kernel {name} is not used: {problem}")
+    return SelfTest(tuple(passed), tuple(notes))
+
+
+def _problem(device: str, kind: Kind) -> str | None:
+    if torch.device(device).type != "cuda":
+        return "the device is no CUDA card"
+    have = torch.cuda.get_device_capability(device)
+    if kind.capability is None or have < kind.capability:
+        return f"compute capability {have[0]}.{have[1]} is too low"
+    try:
+        # Wan's feed-forward width, and a short product with fewer rows than the int8 kernel takes by itself.
+        ratios = [product_snr_db(kind, rows, 5120, 1024, device) for rows in (512, 8)]
+    except (
+        RuntimeError
+    ) as error:  # torch raises it, or its child NotImplementedError, for a kernel that is not built
+        return f"the kernel fails ({str(error).splitlines()[0]})"
+    return None if min(ratios) >= MIN_SNR_DB else f"its result is off (SNR {min(ratios):.1f} dB)"
+
+
+def product_snr_db(kind: Kind, rows: int, in_features: int, out_features: int, device: str) -> float:
+    """SNR of a kind's product, one column of outliers in it, against float32 of the same 8-bit numbers."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(rows, in_features, generator=generator)
+    x[:, 7] *= 50
+    x = x.to(device, torch.bfloat16)
+    weight_q, scale = round_rows(torch.randn(out_features, in_features, generator=generator).to(device), kind)
+    bias = torch.randn(out_features, generator=generator).to(device, torch.bfloat16)
+    x_q, x_scale = round_rows(x, kind)
+    reference = widened_product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, torch.float32)
+    return snr_db(reference, kind.multiply(x, weight_q, scale.squeeze(-1), bias))
+
+
+def snr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal-to-noise ratio in decibels; minus infinity if `value` is not finite: a NaN passes no gate."""
+    signal = reference.detach().double()
+    noise = (signal - value.detach().double()).square().sum()
+    if not torch.isfinite(noise):
+        return float("-inf")
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(signal.square().sum() / noise))
+
+
+def layer_snr_db(linear: nn.Linear, inputs: Tensor, kind: str) -> float:
+    """SNR of a layer's 8-bit output against the same layer in float32, on `inputs` (..., in)."""
+    bias = None if linear.bias is None else linear.bias.float()
+    reference = functional.linear(inputs.float(), linear.weight.float(), bias)
+    return snr_db(reference, Linear8.from_linear(linear, kind)(inputs.float()))
+
+
+def kernel_calls(
+    run: Callable[[], object], kernels: Iterable[str] = ("_scaled_mm", "_int_mm")
+) -> dict[str, int]:
+    """Run once under the profiler and count the fast kernels that were really called, eager or compiled.
+
+    A quantised model whose fast path is silently skipped is only slow; this is the check that it is not.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    seen = Counter(event.name for event in profile.events() or ())
+    return {name: seen[f"aten::{name}"] for name in kernels}

@@ -1,0 +1,104 @@
+"""Building components from folders: one way for a tiny twin, our bake and a repository as published."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.profile import Component, Profile
+from engine.tensorfile import DTYPES, TensorFiles
+from schemas.errors import WeightsCorrupt
+
+
+@dataclass(frozen=True)
+class FolderParts:
+    """The Parts of a profile whose components lie in `folders`."""
+
+    profile: Profile
+    folders: Mapping[str, Path]
+
+    def load(self, name: str, device: str = "cpu") -> Any:
+        """Build the component `name`; see engine.weights.Parts."""
+        component = self.profile.component(name)
+        folder = self.folders[name]
+        if component.dtype is None:
+            return library_class(component).from_pretrained(folder, local_files_only=True)
+        model = empty_model(component, read_config(component, folder))
+        _fill(model, component, TensorFiles(folder, published_variant(folder, component)), device)
+        return model.requires_grad_(False).eval()
+
+
+def library_class(component: Component) -> Any:
+    """The class that the component is an instance of."""
+    return getattr(import_module(component.library), component.class_name)
+
+
+def read_config(component: Component, folder: Path) -> Any:
+    """The component's config.json as its library reads it: diffusers' is a dict, transformers' an object."""
+    cls = library_class(component)
+    if component.library == "diffusers":
+        return cls.load_config(folder, local_files_only=True)
+    return cls.config_class.from_pretrained(folder, local_files_only=True)
+
+
+def empty_model(component: Component, config: Any) -> Any:
+    """The model with parameters on the meta device, taking no memory; buffers that no file holds are real."""
+    from accelerate import init_empty_weights
+
+    cls = library_class(component)
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config(config) if component.library == "diffusers" else cls(config)
+
+
+def stored_dtype(component: Component, name: str) -> torch.dtype:
+    """The dtype in which the tensor `name` is baked."""
+    if any(part in name.split(".") for part in component.keep_fp32):
+        return torch.float32
+    if component.dtype is None:
+        raise ValueError(f"{component.name} holds no tensors")
+    return DTYPES[component.dtype]
+
+
+def run_dtype(component: Component, name: str, device: str) -> torch.dtype:
+    """The dtype in which it computes: as stored, but fp32 for fp16 on a CPU, which has no fast fp16."""
+    dtype = stored_dtype(component, name)
+    return torch.float32 if dtype == torch.float16 and torch.device(device).type == "cpu" else dtype
+
+
+def file_name(component: Component, name: str, known: set[str]) -> str:
+    """The name in the files of the model's tensor `name`; `known`: the names in the files."""
+    return name if name in known else component.prefix + name
+
+
+def published_variant(folder: Path, component: Component) -> str | None:
+    """The bake writes no variant; a cached repository has the one it was published with."""
+    return component.variant if not (folder / "component.json").is_file() else None
+
+
+def _fill(model: Any, component: Component, files: TensorFiles, device: str) -> None:
+    known = set(files.names())
+    tied = dict(component.tied)
+    expected = model.state_dict()
+    state = {}
+    for name, empty in expected.items():
+        if name in tied:
+            continue
+        stored = file_name(component, name, known)
+        if stored not in known or files.shape(stored) != tuple(empty.shape):
+            raise WeightsCorrupt(f"{component.name}: {stored} is missing or of another shape; bake it again")
+        state[name] = files.tensor(stored).to(device=device, dtype=run_dtype(component, name, device))
+    for name, source in tied.items():
+        state[name] = state[source]
+    model.load_state_dict(state, assign=True)
+    for name, source in tied.items():
+        _share(model, name, source)
+    model.to(device)  # buffers that no file holds
+
+
+def _share(model: Any, name: str, source: str) -> None:
+    """Make two names one parameter, so that moving the model moves it once."""
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, model.get_parameter(source))

@@ -1,0 +1,277 @@
+"""Requests to one S3 bucket, and what their failures mean. The only module that knows boto3.
+
+boto3's own retries are off: ours last as long as the outage may, and never repeat a request that was
+understood and refused. Bodies are signed (SigV4 with the SHA-256 of the body), so that a store which checks
+signatures cannot take a damaged one. No other checksum header is sent: stores that are not AWS answer some of
+them with an error, or write the aws-chunked framing into the object (boto3 issues 4392 and 4435).
+"""
+
+import functools
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from engine.bucket import Bucket
+from engine.s3_errors import (
+    ConditionUnknown,
+    KeyMissing,
+    KeyTaken,
+    StoreRefused,
+    StoreUnwell,
+    UploadGone,
+    understand,
+)
+
+T = TypeVar("T")
+
+READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a store may be unwell. `pause` sleeps between tries and may raise to end the wait."""
+
+    until: float
+    """On the clock of `time.monotonic`."""
+    pause: Callable[[float], None] = time.sleep
+
+    @classmethod
+    def lasting(cls, budget_s: float, pause: Callable[[float], None] = time.sleep) -> "Patience":
+        return cls(time.monotonic() + budget_s, pause)
+
+    def persist(self, call: Callable[[], T]) -> T:
+        """Call until it is not StoreUnwell or the time is up; then raise what it raised last.
+
+        The pauses are "full jitter": uniform up to a bound that doubles from 0.2 s to 10 s.
+        """
+        bound_s = 0.2
+        while True:
+            try:
+                return call()
+            except StoreUnwell:
+                delay_s = random.uniform(0, bound_s)
+                if time.monotonic() + delay_s > self.until:
+                    raise
+            self.pause(delay_s)
+            bound_s = min(2 * bound_s, 10.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the store says of an object."""
+
+    size_bytes: int
+    etag: str
+    sha256: str | None
+    """Our own metadata, None on an object that is not ours."""
+
+
+@functools.lru_cache(maxsize=8)
+def connect(bucket: Bucket) -> "Objects":
+    """The one client of these credentials: one for every job costs time, and memory that never comes back."""
+    return Objects(bucket)
+
+
+class Objects:
+    """The objects of one bucket. Every method may raise StoreRefused, and StoreUnwell when patience ends."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self._client = _client(bucket)
+        self._has_conditions = True
+
+    def create(self, key: str, body: bytes, content_type: str, sha256: str, patience: Patience) -> None:
+        """Write an object where none stands. Raises KeyTaken, also if a try went unheard."""
+        self._create(
+            key,
+            patience,
+            lambda client, condition: client.put_object(
+                Bucket=self.bucket.name,
+                Key=key,
+                Body=body,
+                ContentType=content_type,
+                Metadata={"sha256": sha256},
+                **condition,
+            ),
+        )
+
+    def start_upload(self, key: str, content_type: str, sha256: str, patience: Patience) -> str:
+        """Begin a multipart upload and return its id."""
+        answer = self._ask(
+            patience,
+            lambda client: client.create_multipart_upload(
+                Bucket=self.bucket.name, Key=key, ContentType=content_type, Metadata={"sha256": sha256}
+            ),
+        )
+        return str(answer["UploadId"])
+
+    def put_part(self, key: str, upload_id: str, number: int, body: bytes, patience: Patience) -> str:
+        """Send one part and return its ETag."""
+        answer = self._ask(
+            patience,
+            lambda client: client.upload_part(
+                Bucket=self.bucket.name, Key=key, UploadId=upload_id, PartNumber=number, Body=body
+            ),
+        )
+        return str(answer["ETag"])
+
+    def finish_upload(self, key: str, upload_id: str, etags: list[str], patience: Patience) -> None:
+        """Make the parts an object where none stands. Raises KeyTaken, also if a try went unheard."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        self._create(
+            key,
+            patience,
+            lambda client, condition: client.complete_multipart_upload(
+                Bucket=self.bucket.name,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                **condition,
+            ),
+        )
+
+    def abort_upload(self, key: str, upload_id: str, patience: Patience) -> None:
+        with suppress(UploadGone):
+            patience.persist(lambda: self._abort_upload(key, upload_id))
+
+    def unfinished_uploads(self, key: str, patience: Patience) -> list[str]:
+        """Ids of the multipart uploads begun under exactly this key."""
+        answer = self._ask(
+            patience, lambda client: client.list_multipart_uploads(Bucket=self.bucket.name, Prefix=key)
+        )
+        return [upload["UploadId"] for upload in answer.get("Uploads", []) if upload["Key"] == key]
+
+    def head(self, key: str, patience: Patience) -> Head:
+        """Raises KeyMissing."""
+        answer = self._ask(patience, lambda client: client.head_object(Bucket=self.bucket.name, Key=key))
+        etag = str(answer.get("ETag", "")).strip('"')
+        return Head(answer["ContentLength"], etag, answer.get("Metadata", {}).get("sha256"))
+
+    def read(self, key: str, max_bytes: int, patience: Patience) -> bytes:
+        """The object's bytes, at most `max_bytes` of them. Raises KeyMissing."""
+        return self._ask(
+            patience,
+            lambda client: client.get_object(Bucket=self.bucket.name, Key=key)["Body"].read(max_bytes),
+        )
+
+    def sha256_of(self, key: str, patience: Patience) -> str:
+        """Read the whole object back, a piece at a time."""
+
+        def read_all(client: Any) -> str:
+            digest = hashlib.sha256()
+            body = client.get_object(Bucket=self.bucket.name, Key=key)["Body"]
+            for piece in body.iter_chunks(READ_BYTES):
+                digest.update(piece)
+            return digest.hexdigest()
+
+        return self._ask(patience, read_all)
+
+    def delete(self, key: str, patience: Patience) -> None:
+        self._ask(patience, lambda client: client.delete_object(Bucket=self.bucket.name, Key=key))
+
+    def sign(self, key: str, expiry_s: int) -> str:
+        """A URL that opens the object for `expiry_s` seconds. Asks nobody."""
+        return str(
+            self._client.generate_presigned_url(
+                "get_object", Params={"Bucket": self.bucket.name, "Key": key}, ExpiresIn=expiry_s
+            )
+        )
+
+    def open_signed(self, key: str, patience: Patience) -> bytes | None:
+        """What somebody gets who has nothing but a signed URL; None if that is an error."""
+        from botocore.awsrequest import AWSRequest
+        from botocore.httpsession import URLLib3Session
+
+        request = AWSRequest("GET", self.sign(key, 60)).prepare()
+        with_limits = URLLib3Session(timeout=(self.bucket.connect_timeout_s, self.bucket.read_timeout_s))
+        answer = self._ask(patience, lambda _client: with_limits.send(request))
+        return bytes(answer.content) if answer.status_code == 200 else None
+
+    def clock_skew_s(self, patience: Patience) -> float:
+        """Seconds that this machine's clock is ahead of the store's, whatever else the store says."""
+        from botocore.exceptions import ClientError
+
+        def ask_date(client: Any) -> float:
+            try:
+                answer = client.head_bucket(Bucket=self.bucket.name)
+            except ClientError as error:
+                answer = error.response
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            ours = datetime.now(UTC)
+            return (ours - parsedate_to_datetime(date)).total_seconds() if date else 0.0
+
+        return self._ask(patience, ask_date)
+
+    def _ask(self, patience: Patience, call: Callable[[Any], T]) -> T:
+        return patience.persist(lambda: self._ask_once(call))
+
+    def _ask_once(self, call: Callable[[Any], T]) -> T:
+        """One request; a foreign exception becomes ours here and nowhere else."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+
+        try:
+            return call(self._client)
+        except (BotoCoreError, ClientError, ResponseParserError) as error:
+            raise understand(error, self.bucket.labels) from error
+
+    def _create(self, key: str, patience: Patience, write: Callable[[Any, dict[str, str]], object]) -> None:
+        if self._has_conditions:
+            try:
+                self._ask(patience, lambda client: write(client, {"IfNoneMatch": "*"}))
+                return
+            except ConditionUnknown:
+                self._has_conditions = False
+        with suppress(KeyMissing):
+            self.head(key, patience)
+            raise KeyTaken("the key is taken")
+        self._ask(patience, lambda client: write(client, {}))
+
+    def _abort_upload(self, key: str, upload_id: str) -> None:
+        try:
+            self._ask_once(
+                lambda client: client.abort_multipart_upload(
+                    Bucket=self.bucket.name, Key=key, UploadId=upload_id
+                )
+            )
+        except (UploadGone, KeyMissing):
+            return
+
+
+def _client(bucket: Bucket) -> Any:
+    import boto3.session
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    # At DEBUG botocore prints every header, signatures included.
+    logging.getLogger("botocore").setLevel(logging.INFO)
+    config = Config(
+        signature_version="s3v4",  # boto3 signs URLs for a custom endpoint with SigV2 otherwise
+        s3={"addressing_style": bucket.addressing, "payload_signing_enabled": True},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"total_max_attempts": 1},
+        connect_timeout=bucket.connect_timeout_s,
+        read_timeout=bucket.read_timeout_s,
+        tcp_keepalive=True,
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=bucket.endpoint_url,
+            region_name=bucket.region,
+            aws_access_key_id=str(bucket.access_key_id),
+            aws_secret_access_key=str(bucket.secret_access_key),
+            config=config,
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise StoreRefused(
+            f"the store cannot be used with these settings; check {bucket.labels.endpoint}"
+        ) from error

@@ -1,0 +1,171 @@
+"""The two stores on S3: the operator's own bucket, and the bucket of one request."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import outbox
+from engine.bucket import Bucket
+from engine.delivery import Delivered, file_key, job_key, with_suffix
+from engine.outputs import MediaFile
+from engine.record import MAX_BYTES, Record, make_record, read_record
+from engine.s3 import Objects, Patience, connect
+from engine.s3_errors import KeyMissing, KeyTaken, RightMissing, StoreUnwell
+from engine.upload import upload
+from schemas.errors import DeliveryFailed, JobTimeout, WorkerError, WorkerShutdown
+
+RECORD_S = 10.0
+"""How long a job waits for its record, which serves a second coming of the job and not this answer."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How files are kept in a bucket, whoever owns it."""
+
+    prefix: str
+    url_expiry_s: int
+    retry_s: float
+    pause: Callable[[float], None]
+
+    def patience(self, at_most_s: float = float("inf")) -> Patience:
+        return Patience.lasting(min(self.retry_s, at_most_s), self.pause)
+
+    def key(self, name: str) -> str:
+        return "/".join(part for part in (self.prefix.strip("/"), name) if part)
+
+
+@dataclass(frozen=True)
+class GuestStore:
+    """The bucket of a request's `s3Config`. What stands in it is the caller's word, and is not believed.
+
+    A file that it does not take is lost with the job: to send it later, the caller's keys would have to be
+    kept.
+    """
+
+    bucket: Bucket
+    terms: Terms
+
+    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
+        key = self.terms.key(file_key(job_id, name, file.content_type))
+        try:
+            return _send(self.bucket, self.terms, file, key)
+        except DeliveryFailed as error:
+            raise type(error)(f"{error.sentence}; {key} was not stored") from error
+
+    def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
+        """Try the keys, no more: a record here could make the worker answer whatever its owner likes."""
+        del input_sha256
+        _read(connect(self.bucket), self.terms.key(job_key(job_id, "result.json")), self.terms)
+        return None
+
+    def record(
+        self, job_id: str, input_sha256: str, response: dict[str, Any], delivered: Sequence[Delivered]
+    ) -> dict[str, Any]:
+        key = self.terms.key(job_key(job_id, "result.json"))
+        try:
+            _write(connect(self.bucket), key, make_record(input_sha256, response, delivered), self.terms)
+        except DeliveryFailed as error:
+            _log.warning("%s was not recorded: %s", key, error.sentence)
+        return response
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """The operator's bucket. A file that it does not take waits in the outbox."""
+
+    bucket: Bucket
+    terms: Terms
+    outbox_dir: Path
+
+    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
+        key = self.terms.key(file_key(job_id, name, file.content_type))
+        try:
+            return _send(self.bucket, self.terms, file, key)
+        except (DeliveryFailed, JobTimeout, WorkerShutdown) as error:
+            raise self._kept(file, key, error) from error
+
+    def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
+        objects = connect(self.bucket)
+        for key in self._record_keys(job_id, input_sha256):
+            record = _read(objects, key, self.terms)
+            if record is None:
+                return None
+            if record.input_sha256 == input_sha256:
+                return self._answer(objects, record)
+        return None
+
+    def record(
+        self, job_id: str, input_sha256: str, response: dict[str, Any], delivered: Sequence[Delivered]
+    ) -> dict[str, Any]:
+        record = make_record(input_sha256, response, delivered)
+        try:
+            return self._record(connect(self.bucket), job_id, record) or response
+        except DeliveryFailed as error:
+            _log.warning("the response of %s was not recorded: %s", ", ".join(record.objects), error.sentence)
+            return response
+
+    def _record(self, objects: Objects, job_id: str, record: Record) -> dict[str, Any] | None:
+        """Write the record, or find the one of a twin that was faster and give way to it, files included."""
+        for key in self._record_keys(job_id, record.input_sha256):
+            try:
+                _write(objects, key, record, self.terms)
+                return None
+            except KeyTaken:
+                standing = _read(objects, key, self.terms)
+            if standing is None or standing.input_sha256 != record.input_sha256:
+                continue
+            answer = self._answer(objects, standing)
+            if answer is not None:
+                for ours in record.objects.keys() - standing.objects.keys():
+                    objects.delete(ours, self.terms.patience(RECORD_S))
+            return answer
+        return None
+
+    def _answer(self, objects: Objects, record: Record) -> dict[str, Any] | None:
+        try:
+            for key, sha256 in record.objects.items():
+                if objects.head(key, self.terms.patience(RECORD_S)).sha256 != sha256:
+                    return None
+        except (KeyMissing, RightMissing, StoreUnwell) as error:
+            _log.warning("a recorded file cannot be found: %s", error.sentence)
+            return None
+        return record.answer({key: objects.sign(key, self.terms.url_expiry_s) for key in record.objects})
+
+    def _record_keys(self, job_id: str, input_sha256: str) -> tuple[str, str]:
+        """Where the record is: under the job's name, or beside it if the id had another input before."""
+        key = self.terms.key(job_key(job_id, "result.json"))
+        return key, with_suffix(key, input_sha256[:8])
+
+    def _kept(self, file: MediaFile, key: str, error: WorkerError) -> WorkerError:
+        try:
+            outbox.keep(self.outbox_dir, outbox.Entry(key, file))
+        except DeliveryFailed as lost:
+            return type(error)(f"{error.sentence}; {lost.sentence}")
+        return type(error)(f"{error.sentence}; the file is kept and will be stored as {key}")
+
+
+def _send(bucket: Bucket, terms: Terms, file: MediaFile, key: str) -> Delivered:
+    objects = connect(bucket)
+    stored = upload(objects, file, key, terms.patience())
+    return Delivered(objects.sign(stored, terms.url_expiry_s), stored, "s3", file.sha256, file.size_bytes)
+
+
+def _write(objects: Objects, key: str, record: Record, terms: Terms) -> None:
+    body = record.to_bytes()
+    objects.create(key, body, "application/json", hashlib.sha256(body).hexdigest(), terms.patience(RECORD_S))
+
+
+def _read(objects: Objects, key: str, terms: Terms) -> Record | None:
+    """The record; None if there is none, it may not be read, or the store is unwell: the job goes on."""
+    try:
+        return read_record(objects.read(key, MAX_BYTES, terms.patience(RECORD_S)))
+    except (KeyMissing, RightMissing):
+        return None
+    except StoreUnwell as error:
+        _log.warning("%s could not be read: %s", key, error.sentence)
+        return None

@@ -1,0 +1,168 @@
+"""Safetensors files, tensor by tensor: read in any published form, written in the order we want.
+
+The library's own writer sorts tensors by dtype and name, and needs all of them in memory. A bake handles 66
+GB on a small machine, and a worker wants tensors in the order in which they run, so that the first block can
+work while the rest is still read.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from schemas.errors import WeightsCorrupt
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Our names of dtypes -> torch's."""
+
+CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""torch's dtypes -> the names in a safetensors header."""
+
+ALIGNMENT = 4096  # bytes before the first tensor: a page, so that direct reads can begin there
+
+
+class Spec(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorFiles:
+    """The tensors of one component in `folder`, in one file or in shards with an index.
+
+    Raises:
+        WeightsCorrupt: there are none, or the index names a file that is not there.
+    """
+
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        names = weight_files((path.name for path in folder.iterdir()), variant)
+        if not names:
+            raise WeightsCorrupt(f"no safetensors files in {folder.name}")
+        self._folder = folder
+        self._open: tuple[str, Any] | None = None
+        self._file_of = self._index(names)
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in no order."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in the file's dtype, mapped and not yet read."""
+        try:
+            tensor: torch.Tensor = self._handle(self._file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise WeightsCorrupt(f"{name} cannot be read from {self._file_of[name]}") from error
+        return tensor
+
+    def _index(self, names: Sequence[str]) -> dict[str, str]:
+        if len(names) == 1:
+            return dict.fromkeys(self._handle(names[0]).keys(), names[0])
+        index = json.loads((self._folder / names[0]).read_bytes())
+        return dict(index["weight_map"])
+
+    def _handle(self, name: str) -> Any:
+        """Shards are read one after the other; keeping one open keeps their pages from piling up."""
+        if self._open is None or self._open[0] != name:
+            try:
+                self._open = (name, safe_open(self._folder / name, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise WeightsCorrupt(f"{name} is not a readable safetensors file") from error
+        return self._open[1]
+
+
+class TensorWriter:
+    """Writes one safetensors file in the order of `specs`, hashing as it goes. Memory: one tensor.
+
+    Used as a context manager; leaving it without an error checks that every tensor was written.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
+        self._specs = list(specs)
+        self._done = 0
+        self._hash = hashlib.sha256()
+        self._file = path.open("wb")
+        self._put(_header(self._specs))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor, which must be the next of the specs, in its dtype and shape.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        spec = self._specs[self._done] if self._done < len(self._specs) else None
+        if spec != (name, tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not the next tensor, {spec}")
+        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._done += 1
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what has been written so far."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None and self._done != len(self._specs):
+            raise ValueError(f"{len(self._specs) - self._done} tensors were not written")
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+
+def weight_files(names: Iterable[str], variant: str | None) -> list[str]:
+    """Those of a folder's `names` that hold its weights: one file, or an index and its shards; [] if none do.
+
+    Both libraries' names are known: diffusion_pytorch_model and model. Variant as in model.fp16.safetensors.
+    """
+    present = set(names)
+    infix = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        if f"{stem}{infix}.safetensors" in present:
+            return [f"{stem}{infix}.safetensors"]
+        index = f"{stem}.safetensors.index{infix}.json"
+        if index in present:
+            shard = re.compile(re.escape(stem + infix) + r"-\d{5}-of-\d{5}\.safetensors")
+            return [index, *sorted(name for name in present if shard.fullmatch(name))]
+    return []
+
+
+def _header(specs: Sequence[Spec]) -> bytes:
+    """The length and the JSON header, padded with spaces so that the first tensor begins on a page."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.size_bytes
+        entries[spec.name] = {
+            "dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = -(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)

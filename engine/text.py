@@ -1,0 +1,76 @@
+"""Prompts to UMT5 embeddings, computed once a prompt."""
+
+import html
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import ftfy
+from torch import Tensor
+
+MAX_TOKENS = 512  # what Wan's transformers were trained with; WanImageToVideoPipeline's max_sequence_length
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One prompt as the transformer reads it."""
+
+    hidden: Tensor
+    """(1, 512, dim) on the CPU, of the encoder's dtype; zero after the last real token."""
+    tokens: int
+    """Of the whole prompt, the end token included."""
+
+    @property
+    def unread_tokens(self) -> int:
+        """How many tokens at the end of the prompt are beyond what the model reads."""
+        return max(0, self.tokens - MAX_TOKENS)
+
+
+class PromptEncoder:
+    """Tokenizer, text encoder and a bounded memory of what they made.
+
+    `use_encoder` brings the encoder to where it computes for the length of a block; a remembered prompt never
+    calls it. The key is the whole cleaned prompt: two prompts share an entry only if they reach it as one.
+    """
+
+    def __init__(
+        self, tokenizer: Any, use_encoder: Callable[[], AbstractContextManager[Any]], max_entries: int = 32
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._use_encoder = use_encoder
+        self._max_entries = max_entries
+        self._remembered: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
+
+    def encode(self, prompt: str) -> Embedding:
+        """Embed one prompt as diffusers' WanImageToVideoPipeline does, to the last bit."""
+        text = clean(prompt)
+        if text not in self._remembered:
+            self._remembered[text] = self._compute(text)
+            if len(self._remembered) > self._max_entries:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(text)
+        real, tokens = self._remembered[text]
+        hidden = real.new_zeros((1, MAX_TOKENS, real.shape[1]))
+        hidden[0, : len(real)] = real
+        return Embedding(hidden, tokens)
+
+    def _compute(self, text: str) -> tuple[Tensor, int]:
+        """The real tokens' embeddings (n <= 512, dim) on the CPU, and how many tokens the whole text has."""
+        tokens = self._tokenizer(
+            text, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        )
+        read = int(tokens.attention_mask.sum())
+        with self._use_encoder() as encoder:
+            hidden = encoder(
+                tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+            ).last_hidden_state  # (1, 512, dim)
+        whole = read if read < MAX_TOKENS else len(self._tokenizer(text, verbose=False).input_ids)
+        return hidden[0, :read].cpu().clone(), whole
+
+
+def clean(prompt: str) -> str:
+    """Repair mojibake, resolve HTML entities (some arrive escaped twice), make all white space one blank."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip())

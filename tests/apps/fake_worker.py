@@ -1,0 +1,71 @@
+"""A worker with the fake job, as a script: `python fake_worker.py [handler.py's arguments]`.
+
+FAKE_CHECK=fail makes its fitness check fail. FAKE_WITHOUT names a guard to run without, which shows that the test
+of that guard would notice: drain, latch, heartbeat, quiet or wait.
+"""
+
+import asyncio
+import os
+import sys
+from types import SimpleNamespace
+
+from apps import runpod_loop
+from apps.runpod_jobs import Jobs
+from apps.runpod_watch import Limits
+from apps.runpod_worker import serve
+from engine.settings import Settings
+from schemas.errors import WeightsCorrupt
+from tests.apps.fake_job import run
+
+LIMITS = Limits(
+    step_s=1.0,
+    step_factor=4.0,
+    stage_s=20.0,
+    frozen_s=3.0,
+    exit_s=5.0,
+    progress_interval_s=0.1,
+    progress_timeout_s=0.5,
+    post_timeout_s=2.0,
+    post_waits_s=(0.05,) * 11,
+)
+
+
+def check_weights() -> None:
+    if os.environ.get("FAKE_CHECK") == "fail":
+        raise WeightsCorrupt("the manifest does not match")
+
+
+def without_drain() -> None:
+    runpod_loop.Drain = lambda scaler, jobs, limits: SimpleNamespace(scaler=scaler)
+
+
+def without_latch() -> None:
+    Jobs.is_faulty = property(lambda self: False, lambda self, value: None)
+    Jobs._retire = lambda self: None
+
+
+def without_heartbeat() -> None:
+    from runpod.serverless.modules import rp_ping
+
+    runpod_loop.ping_while_parent_lives = rp_ping.Heartbeat.process_loop
+
+
+def without_quiet() -> None:
+    runpod_loop.quiet_sdk_log = lambda: None
+
+
+def without_wait() -> None:
+    """Leave a cancelled job's thread alone, as a handler on asyncio.to_thread does."""
+
+    async def run_in_a_thread(self, job):
+        from engine.progress import Progress
+
+        return await asyncio.to_thread(self._work, job, Progress())
+
+    Jobs._generate = run_in_a_thread
+
+
+if __name__ == "__main__":
+    if guard := os.environ.get("FAKE_WITHOUT"):
+        globals()[f"without_{guard}"]()
+    sys.exit(serve(run, Settings.from_env(os.environ), sys.argv[1:], [check_weights], LIMITS))

@@ -1,0 +1,246 @@
+"""The worker under RunPod's real SDK loop, in a process of its own, against a job server on loopback."""
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.servers.runpod_server import Fault, RunPodServer
+from tests.servers.worker_process import ROOT, WorkerProcess, start_worker
+
+FAKE_WORKER = ROOT / "tests" / "apps" / "fake_worker.py"
+
+
+@dataclass
+class Running:
+    server: RunPodServer
+    worker: WorkerProcess
+    jobs_path: Path
+
+    def ran(self, job_id: str) -> list[tuple[str, float]]:
+        """What the job itself wrote down: ("start" | "end", time), as often as it ran."""
+        lines = [line.split() for line in self.jobs_path.read_text().splitlines()]
+        return [(what, float(at)) for at, what, name in lines if name == job_id]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One worker for all tests that leave it well. It logs as in an endpoint."""
+    folder = tmp_path_factory.mktemp("worker")
+    jobs_path = folder / "jobs"
+    environment = {
+        "FAKE_JOB_LOG": str(jobs_path),
+        "RUNPOD_ENDPOINT_ID": "endpoint0",
+        "RUNPOD_LOG_LEVEL": "DEBUG",
+    }
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder, environment) as worker:
+        yield Running(server, worker, jobs_path)
+
+
+ids = map("job{}".format, itertools.count())
+
+
+def answer(running: Running, **asked: object) -> dict[str, object]:
+    job_id = next(ids)
+    running.server.queue(job_id, asked)
+    return running.server.result(job_id)
+
+
+def test_a_job_is_answered_with_what_it_returned(running: Running) -> None:
+    assert answer(running, echo="ünïcode ❤") == {
+        "output": {"echo": "ünïcode ❤", "video_url": "file:///video.mp4"}
+    }
+
+
+@pytest.mark.parametrize(
+    "then", ["raise", "exit", "interrupt", "memory", "recurse", "bytes", "nan", "surrogate"]
+)
+def test_a_job_that_breaks_is_answered_internal_without_its_reason(running: Running, then: str) -> None:
+    result = answer(running, then=then, prompt="a canary in a prompt")
+    assert result["output"] == {"code": "internal", "retryable": False}
+    assert str(result["error"]).startswith("internal: the worker ")
+    assert "Traceback" not in json.dumps(result)
+    assert "/" not in json.dumps(result)
+    assert "canary" not in json.dumps(result)
+
+
+@pytest.mark.parametrize("then", ["none", "empty"])
+def test_a_job_without_a_result_fails(running: Running, then: str) -> None:
+    assert answer(running, then=then)["error"] == "internal: the worker made no result"
+
+
+def test_an_invalid_input_lists_its_problems_as_a_string_and_as_a_list(running: Running) -> None:
+    result = answer(running, then="invalid")
+    assert result["error"] == "invalid_input: prompt: is missing; seed: must be an integer ?"
+    assert result["output"]["problems"][0] == {"field": "prompt", "message": "is missing"}
+
+
+def test_a_response_over_the_limit_names_the_way_out(running: Running) -> None:
+    result = answer(running, then="big", size=9_500_000)
+    assert result["output"]["code"] == "output_too_large"
+    assert "BUCKET_ENDPOINT_URL" in result["error"]
+
+
+def test_a_response_just_below_the_limit_arrives(running: Running) -> None:
+    assert len(answer(running, then="big", size=9_400_000)["output"]["video"]) == 9_400_000
+
+
+def test_progress_is_ordered_and_ends_before_the_result(running: Running) -> None:
+    job_ids = [next(ids) for _ in range(10)]
+    for job_id in job_ids:
+        running.server.queue(job_id, {"steps": 20, "step_s": 0.02})
+    for job_id in job_ids:
+        running.server.result(job_id)
+    for job_id in job_ids:
+        events = [e for e in running.server.events if e.job_id == job_id and e.kind in ("progress", "result")]
+        steps = [e.body["output"]["step"] for e in events[:-1]]
+        assert [e.kind for e in events[-1:]] == ["result"]
+        assert len(steps) >= 3
+        assert steps == sorted(set(steps))
+        assert all(b.at - a.at > 0.09 for a, b in itertools.pairwise(events[:-1]))
+        assert set(events[0].body["output"]) == {"stage", "step", "total", "percent", "eta_s"}
+
+
+def test_progress_that_fails_stops_after_three_and_costs_the_job_nothing(running: Running) -> None:
+    job_id = next(ids)
+    running.server.progress_faults = deque(
+        [Fault(503), Fault(0), Fault(200, delay_s=3.0), Fault(503), Fault(503)]
+    )
+    running.server.queue(job_id, {"steps": 30, "step_s": 0.05})
+    result = running.server.result(job_id)
+    assert "error" not in result
+    assert len(running.server.of("refused", job_id)) == 3
+    assert running.server.of("progress", job_id) == []
+    start, end = (at for _, at in running.ran(job_id))
+    assert end - start < 1.5 + 0.3
+    assert running.server.of("result", job_id)[0].at - end < 0.7
+    running.server.progress_faults.clear()
+
+
+def test_a_result_is_posted_again_until_it_is_taken(running: Running) -> None:
+    running.server.result_faults = deque([Fault(503)] * 7 + [Fault(0), Fault(429)])
+    assert answer(running, echo=9)["output"]["echo"] == 9
+
+
+def test_a_result_that_hangs_is_posted_again(running: Running) -> None:
+    running.server.result_faults = deque([Fault(0, delay_s=3.0)])
+    assert answer(running, echo=1)["output"]["echo"] == 1
+
+
+def test_a_result_that_is_refused_is_not_posted_again_and_the_next_job_runs(running: Running) -> None:
+    job_id = next(ids)
+    running.server.result_faults = deque([Fault(400)])
+    running.server.queue(job_id, {})
+    running.server.wait_for("refused", job_id)
+    assert "error" not in answer(running)
+    assert running.server.of("result", job_id) == []
+
+
+def cancel_at_a_step(running: Running, after_s: float) -> None:
+    """Stop a job of 4 s, with another waiting, and see that the card is free within a step and never shared."""
+    stopped, following = next(ids), next(ids)
+    running.server.queue(stopped, {"steps": 80, "step_s": 0.05})
+    running.server.wait_for("hand_out", stopped)
+    time.sleep(after_s)
+    running.server.stop(stopped)
+    running.server.stop(stopped)
+    running.server.queue(following, {"steps": 2, "step_s": 0.05})
+    running.server.result(following)
+    (_, _), (_, ended) = running.ran(stopped)
+    (_, started), _ = running.ran(following)
+    assert ended - running.server.of("stop", stopped)[0].at < 0.05 + 0.5
+    assert started >= ended
+    assert running.server.of("result", stopped) == []
+
+
+def test_a_stopped_job_ends_within_a_step_and_is_not_answered(running: Running) -> None:
+    for run in range(10):
+        cancel_at_a_step(running, 0.1 + 0.037 * run)
+
+
+def test_a_stop_for_a_finished_job_changes_nothing(running: Running) -> None:
+    job_id = next(ids)
+    running.server.queue(job_id, {})
+    running.server.result(job_id)
+    running.server.stop(job_id)
+    running.server.wait_for("stop", job_id)
+    assert "error" not in answer(running)
+
+
+def test_a_job_delivered_twice_runs_once(running: Running) -> None:
+    job_id = next(ids)
+    running.server.queue(job_id, {"echo": 1, "steps": 3, "step_s": 0.05})
+    running.server.queue(job_id, {"echo": 1, "steps": 3, "step_s": 0.05})
+    running.server.wait_for("result", job_id, count=2)
+    first, second = running.server.of("result", job_id)
+    assert first.body == second.body
+    assert [what for what, _ in running.ran(job_id)] == ["start", "end"]
+
+
+def test_a_known_id_with_another_input_runs(running: Running) -> None:
+    job_id = next(ids)
+    running.server.queue(job_id, {"echo": 1})
+    running.server.queue(job_id, {"echo": 2})
+    assert running.server.wait_for("result", job_id, count=2).body["output"]["echo"] == 2
+
+
+CANARIES = {
+    "prompt": "canary-prompt-of-a-fox",
+    "image_url": "https://bucket.example/a.png?X-Amz-Signature=canarysignature0",
+    "image_start": "data:image/png;base64,Canary0Image" + "Q0FuYXJ5MQ" * 40,
+    "url": "https://bucket.example/out.mp4?X-Amz-Signature=canaryresult0000",
+}
+SECRETS = {
+    "accessId": "AKIACANARYCANARYCANA",
+    "accessSecret": "canary/secret+of/the/request",
+    "bucketName": "b",
+}
+
+
+def jobs_with_canaries(server: RunPodServer) -> None:
+    """Send jobs that succeed, fail and are stopped, with marks in every place where a secret or a prompt may be."""
+    for then in ("answer", "raise", "invalid", "nan", "big"):
+        job_id = next(ids)
+        server.queue(job_id, CANARIES | {"then": then, "size": 9_500_000}, s3Config=SECRETS)
+        server.result(job_id)
+    stopped = next(ids)
+    server.queue(stopped, CANARIES | {"steps": 100, "step_s": 0.05}, s3Config=SECRETS)
+    server.wait_for("progress", stopped)
+    server.stop(stopped)
+    following = next(ids)
+    server.queue(following, CANARIES)
+    server.result(following)
+
+
+def test_logs_hold_job_ids_and_sizes_and_no_canary(running: Running) -> None:
+    jobs_with_canaries(running.server)
+    text = running.worker.log()
+    assert "canary" not in text.lower()
+    assert "LOOPBACKLOOPBACK" not in text
+    lines = [json.loads(line) for line in text.splitlines() if not line.startswith("--- Starting Serverless")]
+    assert any(line["message"].startswith("ended after") and line["size_bytes"] > 0 for line in lines)
+    assert any(line.get("stage") == "denoise" and line["requestId"].startswith("job") for line in lines)
+    assert any("RuntimeError: no such prompt: ***" in line["message"] for line in lines)
+
+
+def test_without_the_quiet_log_the_canaries_would_show(tmp_path: Path) -> None:
+    environment = {"FAKE_WITHOUT": "quiet"}
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], tmp_path, environment) as worker:
+        server.queue("job0", CANARIES)
+        server.result("job0")
+        assert "canaryresult0000" in worker.log()
+
+
+def test_a_failing_check_ends_the_process_before_any_job(tmp_path: Path) -> None:
+    with RunPodServer() as server:
+        server.queue("job0", {})
+        with start_worker(server, [FAKE_WORKER], tmp_path, {"FAKE_CHECK": "fail"}) as worker:
+            assert worker.wait() == 1
+        assert server.of("take") == []
+        assert server.of("ping")[0].body["status"] == ["unhealthy"]
+    assert "check_weights" in worker.log()

@@ -1,0 +1,83 @@
+"""Wan2.1 through our backend equals diffusers called by hand with the same parts."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine import profiles, weights
+from engine.backends import Task
+from engine.backends.wan import Wan
+from engine.outputs import Frames
+from engine.pictures import fit_picture
+from engine.progress import Progress, Update
+from engine.settings import Settings
+from schemas.errors import Cancelled
+from schemas.input_schema import parse_request
+from tests.conftest import data_uri, photo
+
+SMALL = {"mode": "video", "prompt": "a fox runs", "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def wan(twins: Any) -> Wan:
+    baked = weights.locate(profiles.PROFILES["wan21_i2v_480p"], Settings(weights_dir=twins))
+    return Wan(baked.profile, baked.parts(), "cpu", 2**40)
+
+
+def task(wan: Wan, payload: dict[str, Any], seed: int = 7) -> Task:
+    picture = photo(128, 160)
+    return Task(wan.profile, parse_request({**payload, "image_url": data_uri(picture)}), seed, {"image_url": picture})
+
+
+def frames_of(frames: Frames) -> np.ndarray:
+    return np.concatenate(list(frames.chunks))
+
+
+def by_hand(wan: Wan, payload: dict[str, Any], seed: int = 7) -> torch.Tensor:
+    """Plain diffusers from the same parts: (F, 3, H, W) float in [0, 1]."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = dict(wan._parts)
+    parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+    pipeline = WanImageToVideoPipeline(**parts)
+    request = parse_request({**payload, "image_url": "data:,"})
+    video: torch.Tensor = pipeline(
+        image=fit_picture(photo(128, 160), 64, 96), prompt=request.prompt, negative_prompt=request.negative_prompt,
+        height=64, width=96, num_frames=request.num_frames, num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale, generator=torch.Generator("cpu").manual_seed(seed), output_type="pt",
+    ).frames[0]  # fmt: skip
+    return video
+
+
+@pytest.mark.parametrize("extra", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "blurry", "num_frames": 5}])
+def test_video_equals_plain_diffusers_bit_for_bit(
+    wan: Wan, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.backends.wan.to_uint8", lambda chunk: chunk)  # the floats, before they become bytes
+    payload = {**SMALL, **extra}
+    chunks = list(wan.generate(task(wan, payload), Progress()).chunks)
+    ours = (torch.cat(chunks, dim=1).transpose(0, 1) / 2 + 0.5).clamp(0, 1)  # as diffusers' VideoProcessor scales
+    assert torch.equal(ours, by_hand(wan, payload))
+
+
+def test_size_follows_the_pictures_aspect(wan: Wan) -> None:
+    payload = {name: value for name, value in SMALL.items() if name not in {"height", "width"}}
+    frames = wan.generate(task(wan, {**payload, "num_inference_steps": 1, "num_frames": 5}), Progress())
+    assert frames.shape[1:] == (80, 96)  # 128 x 160: aspect 1.25, in the twin's area of 96 x 96
+
+
+def test_same_seed_is_the_same_video_and_another_job_in_between_changes_nothing(wan: Wan) -> None:
+    first = frames_of(wan.generate(task(wan, SMALL), Progress()))
+    frames_of(wan.generate(task(wan, {**SMALL, "num_frames": 5, "guidance_scale": 1.0, "fps": 8}, seed=9), Progress()))
+    assert np.array_equal(first, frames_of(wan.generate(task(wan, SMALL), Progress())))
+
+
+def test_progress_and_cancel_are_per_step(wan: Wan) -> None:
+    updates: list[Update] = []
+    frames_of(wan.generate(task(wan, SMALL), Progress(updates.append)))
+    assert [u.step for u in updates if u.stage == "denoise"] == [0, 1, 2, 3]
+    progress = Progress(lambda update: progress.cancelled.set() if update.step == 1 else None)
+    with pytest.raises(Cancelled):
+        wan.generate(task(wan, SMALL), progress)

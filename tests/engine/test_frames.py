@@ -1,0 +1,73 @@
+"""Float pixels to bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.frames import image_to_uint8, to_uint8
+from schemas.errors import BadOutput
+
+
+def test_to_uint8_moves_colour_last_and_keeps_frame_height_width():
+    frames = torch.arange(3 * 2 * 4 * 5).reshape(3, 2, 4, 5) / 60 - 1
+    levels = to_uint8(frames)
+    assert levels.shape == (2, 4, 5, 3)
+    assert levels[1, 2, 3].tolist() == [
+        70,
+        155,
+        240,
+    ]  # elements 33, 73, 113 of 60ths, minus 1, times 127.5, plus 127.5
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [
+        (-1.0, 0),
+        (1.0, 255),
+        (-1.5, 0),
+        (7.0, 255),
+        (0.0, 128),
+        (-0.9922, 1),
+        (-0.9961, 0),
+        (0.9961, 255),
+        (0.9960, 254),
+    ],
+)
+def test_to_uint8_rounds_to_the_nearest_level_and_clamps(value, level):
+    assert to_uint8(torch.full((3, 1, 1, 1), value)).ravel().tolist() == [level] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_to_uint8_computes_in_fp32_whatever_comes(dtype):
+    values = torch.linspace(-1, 1, 3 * 400).reshape(3, 1, 20, 20).to(dtype)
+    exact = np.rint(values.double().numpy() * 127.5 + 127.5).astype(np.uint8)
+    assert np.abs(to_uint8(values).transpose(3, 0, 1, 2).astype(int) - exact).max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_to_uint8_refuses_one_pixel_that_is_no_number(dtype, poison):
+    frames = torch.zeros(3, 2, 4, 4, dtype=dtype)
+    frames[1, 1, 2, 3] = poison
+    with pytest.raises(BadOutput):
+        to_uint8(frames)
+
+
+def test_numpy_alone_would_have_made_nan_black():
+    with np.errstate(invalid="ignore"):
+        assert (np.full(4, np.nan, np.float32) * 255).astype(np.uint8).tolist() == [0, 0, 0, 0]
+
+
+def test_to_uint8_leaves_its_input_alone():
+    frames = torch.zeros(3, 1, 2, 2)
+    to_uint8(frames)
+    assert torch.equal(frames, torch.zeros(3, 1, 2, 2))
+
+
+def test_image_to_uint8_gives_height_width_colour():
+    image = torch.stack([torch.full((2, 4), value) for value in (-1.0, 0.0, 1.0)])[None]  # (1, 3, 2, 4)
+    picture = image_to_uint8(image)
+    assert picture.shape == (2, 4, 3)
+    assert picture[1, 3].tolist() == [0, 128, 255]
+    with pytest.raises(BadOutput):
+        image_to_uint8(image * torch.nan)

@@ -1,0 +1,163 @@
+"""8-bit linear layers: the arithmetic, the state, the guards, and that a compiled one is a single graph."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.linear8 import Linear8, quantise, replace_linears, set_kind
+
+ALL_KINDS = ("fp8", "int8", "fp8-weights", "int8-weights")
+
+
+def make_linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(512, 256)
+
+
+def tiny_wan(layers: int = 2) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=36, out_channels=16,
+        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def wan_inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, 36, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 512, 32, generator=generator),
+    }
+
+
+def test_quantise_gives_hand_computed_int8_values():
+    weight = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    weight_q, scale = quantise(weight, "int8")
+    assert weight_q.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0]]  # 127/2 = 63.5, rounded half to even
+    assert scale[0].item() == pytest.approx(2 / 127)
+
+
+def test_quantise_keeps_fp8_representable_rows_exactly():
+    weight = torch.tensor([[448.0, 1.5, -0.25, 208.0]])  # amax 448 makes the scale 1
+    weight_q, scale = quantise(weight, "fp8")
+    assert weight_q.float().tolist() == [[448.0, 1.5, -0.25, 208.0]]
+    assert scale.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_quantise_refuses_a_weight_that_is_not_finite(value):
+    with pytest.raises(ValueError, match="not finite"):
+        quantise(torch.tensor([[1.0, value]]), "fp8")
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_state_is_three_plain_tensors(kind):
+    state = Linear8.from_linear(make_linear(), kind).state_dict()
+    assert {name: (tuple(t.shape), type(t)) for name, t in state.items()} == {
+        "weight_q": ((256, 512), torch.Tensor),
+        "weight_scale": ((256,), torch.Tensor),
+        "bias": ((256,), torch.Tensor),
+    }
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_keeps_type_and_leading_axes(kind, dtype):
+    out = Linear8.from_linear(make_linear(), kind)(torch.randn(2, 3, 512).to(dtype))
+    assert (out.shape, out.dtype) == ((2, 3, 256), dtype)
+
+
+def test_nan_activation_is_not_hidden():
+    inputs = torch.randn(4, 512)
+    inputs[2, 5] = float("nan")
+    out = Linear8.from_linear(make_linear(), "int8-weights")(inputs)
+    assert [bool(row.isnan().any()) for row in out] == [False, False, True, False]
+    out = Linear8.from_linear(make_linear(), "fp8")(inputs)
+    assert [bool(row.isnan().all()) for row in out] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_file_round_trip_into_a_meta_frame_gives_equal_output(kind, tmp_path):
+    model = tiny_wan()
+    replace_linears(model, kind)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        frame = WanTransformer3DModel.from_config(model.config).eval()
+    replace_linears(frame, kind)
+    frame.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True, assign=True)
+    frame.rope = model.rope  # not persistent: made by the constructor, which ran on the meta device here
+    inputs = wan_inputs()
+    with torch.no_grad():
+        assert torch.equal(frame(**inputs).sample, model(**inputs).sample)
+
+
+def test_cast_of_the_model_leaves_the_stored_form_alone():
+    layer = Linear8.from_linear(make_linear(), "fp8").to(torch.bfloat16)
+    assert (layer.weight_q.dtype, layer.weight_scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_replace_keeps_embedders_and_the_output_layer_with_a_reason():
+    replaced = replace_linears(tiny_wan(), "fp8")
+    assert sorted(replaced.kept) == [
+        "condition_embedder.text_embedder.linear_1",
+        "condition_embedder.text_embedder.linear_2",
+        "condition_embedder.time_embedder.linear_1",
+        "condition_embedder.time_embedder.linear_2",
+        "condition_embedder.time_proj",
+        "proj_out",
+    ]
+    assert len(replaced.names) == 20  # two blocks of 8 projections and 2 feed-forward layers
+    assert all(replaced.kept.values())
+
+
+def test_replace_says_which_layers_the_kernel_would_refuse():
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 24))
+    replaced = replace_linears(model, "fp8")
+    assert replaced.names == ("0",)
+    assert "multiple of 16" in replaced.kept["1"]
+
+
+def test_replace_refuses_live_adapters():
+    model = nn.ModuleDict({"to_q": nn.ModuleDict({"base_layer": nn.Linear(16, 16)})})
+    with pytest.raises(ValueError, match="merge adapters"):
+        replace_linears(model, "fp8")
+
+
+def test_set_kind_switches_every_layer_to_widened_weights():
+    model = tiny_wan()
+    replace_linears(model, "fp8")
+    assert set_kind(model, "fp8-weights") == 20
+
+
+def test_set_kind_refuses_the_other_format():
+    model = nn.Sequential(Linear8.from_linear(make_linear(), "fp8"))
+    with pytest.raises(ValueError, match="int8"):
+        set_kind(model, "int8")
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_quantised_model_compiles_to_one_graph_and_stays_equal(kind):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    linear = Linear8.from_linear(make_linear(), kind)
+    inputs = torch.randn(32, 512).to(torch.bfloat16)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs), linear(inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("rows", [3, 17, 512])
+def test_card_path_passes_the_kernels_own_shape_checks(kind, rows):
+    """The kernels' own shape functions refuse what a card would refuse: layouts, scale shapes, types."""
+    with FakeTensorMode():
+        layer = Linear8(512, 256, bias=True, kind=kind, device="cuda")
+        out = layer(torch.empty(1, rows, 512, dtype=torch.bfloat16, device="cuda"))
+        assert (out.shape, out.dtype, out.device.type) == ((1, rows, 256), torch.bfloat16, "cuda")

@@ -1,0 +1,106 @@
+"""The start-up check of the 8-bit kernels, and the accuracy figures of the 8-bit layer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from engine.linear8 import KINDS, Linear8
+from engine.linear8_check import (
+    MIN_SNR_DB,
+    SelfTest,
+    kernel_calls,
+    layer_snr_db,
+    product_snr_db,
+    self_test,
+    snr_db,
+)
+
+
+def make_linear(outliers: float = 1.0) -> nn.Linear:
+    """(512 -> 256); `outliers` scales 4 rows and 4 columns of the weight, as in trained feed-forwards."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 256)
+    with torch.no_grad():
+        linear.weight[::64] *= outliers
+        linear.weight[:, ::128] *= outliers
+    return linear
+
+
+def make_inputs() -> torch.Tensor:
+    return torch.randn(64, 512, generator=torch.Generator().manual_seed(2))
+
+
+# Floors: the lowest SNR of 20 seeds less 0.5 dB (28.6, 41.4, 31.8, 48.0 seen).
+@pytest.mark.parametrize(
+    ("kind", "floor_db"), [("fp8", 28.1), ("int8", 40.9), ("fp8-weights", 31.3), ("int8-weights", 47.5)]
+)
+def test_layer_snr_holds_on_random_weights(kind, floor_db):
+    assert layer_snr_db(make_linear(), make_inputs(), kind) > floor_db
+
+
+# The same with outliers 20 times larger in rows and columns of the weight and one channel 30 times larger
+# in the activations (28.3, 21.1, 31.4, 24.9 seen): a float format spends its bits evenly over sizes, an
+# integer one does not.
+@pytest.mark.parametrize(
+    ("kind", "floor_db"), [("fp8", 27.8), ("int8", 20.6), ("fp8-weights", 30.9), ("int8-weights", 24.4)]
+)
+def test_layer_snr_holds_on_outlier_weights_and_inputs(kind, floor_db):
+    inputs = make_inputs()
+    inputs[:, 3] *= 30
+    assert layer_snr_db(make_linear(outliers=20.0), inputs, kind) > floor_db
+
+
+def test_one_scale_for_the_whole_tensor_would_fail_the_outlier_gate():
+    linear = make_linear()
+    with torch.no_grad():
+        linear.weight[0] *= 1000
+    inputs = make_inputs()
+    scale = linear.weight.abs().max() / 127
+    rounded = (linear.weight / scale).round() * scale
+    reference = nn.functional.linear(inputs, linear.weight)[:, 1:]
+    assert snr_db(reference, nn.functional.linear(inputs, rounded)[:, 1:]) < 10
+    linear.bias = None
+    assert snr_db(reference, Linear8.from_linear(linear, "int8")(inputs)[:, 1:]) > 40
+
+
+def test_snr_is_minus_infinity_for_nan():
+    assert snr_db(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("-inf")
+
+
+def test_self_test_leaves_a_cpu_with_widened_weights():
+    result = self_test("cpu")
+    assert (result.passed, result.best, result.kind_for("int8")) == ((), "fp8-weights", "int8-weights")
+    assert len(result.notes) == 2
+
+
+def test_self_test_prefers_what_passed():
+    result = SelfTest(("int8",), ())
+    assert (result.best, result.kind_for("int8"), result.kind_for("fp8")) == ("int8", "int8", "fp8-weights")
+
+
+def test_product_snr_passes_a_right_kernel_and_catches_a_wrong_one():
+    def one_row_off(x, weight_q, weight_scale, bias):
+        return KINDS["int8"].multiply(x, weight_q, weight_scale.roll(1), bias)
+
+    def silent_nan(x, weight_q, weight_scale, bias):
+        return KINDS["int8"].multiply(x, weight_q, weight_scale, bias) * float("nan")
+
+    assert product_snr_db(KINDS["int8"], 64, 512, 256, "cpu") > MIN_SNR_DB
+    assert product_snr_db(KINDS["fp8"], 64, 512, 256, "cpu") > MIN_SNR_DB
+    assert product_snr_db(replace(KINDS["int8"], multiply=one_row_off), 64, 512, 256, "cpu") < MIN_SNR_DB
+    assert product_snr_db(replace(KINDS["int8"], multiply=silent_nan), 64, 512, 256, "cpu") == float("-inf")
+
+
+def test_kernel_calls_counts_what_ran_and_sees_a_silent_detour():
+    weight = torch.randint(-127, 127, (32, 64), dtype=torch.int8)
+    inputs = torch.randint(-127, 127, (32, 64), dtype=torch.int8)
+
+    def fast_twice():
+        torch._int_mm(inputs, weight.t())
+        torch._int_mm(inputs, weight.t())
+
+    assert kernel_calls(fast_twice) == {"_scaled_mm": 0, "_int_mm": 2}
+    layer = Linear8.from_linear(make_linear(), "int8-weights")
+    assert kernel_calls(lambda: layer(torch.randn(32, 512))) == {"_scaled_mm": 0, "_int_mm": 0}

@@ -1,0 +1,83 @@
+"""The environment: every variable read, every bad, unknown or half-given one refused."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.settings import ROOT, Secret, Settings
+from schemas.errors import SettingsError
+
+S3 = {
+    "BUCKET_ENDPOINT_URL": "https://s3.example.com",
+    "BUCKET_ACCESS_KEY_ID": "key-id",
+    "BUCKET_SECRET_ACCESS_KEY": "very-secret",
+}
+
+
+def test_empty_environment_gives_the_defaults() -> None:
+    settings = Settings.from_env({})
+    assert settings.weights_dir is None
+    assert settings.output_dir == ROOT / "output"
+    assert settings.response_limit_bytes == 9_500_000
+    assert not settings.has_bucket
+    assert not settings.in_cloud
+
+
+def test_relative_folders_start_at_the_worker_not_at_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert Settings.from_env({"WORKER_WEIGHTS_DIR": "weights/tiny"}).weights_dir == ROOT / "weights" / "tiny"
+    assert Settings.from_env({"WORKER_WEIGHTS_DIR": "/models"}).weights_dir == Path("/models")
+
+
+def test_blank_value_counts_as_unset() -> None:
+    assert Settings.from_env({"WORKER_VRAM_GIB": "  "}).vram_gib is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("WORKER_VRAM_GIB", "lots", "WORKER_VRAM_GIB is 'lots', not a number of GiB"),
+        ("WORKER_VRAM_GIB", "-1", "WORKER_VRAM_GIB is '-1', not a number of GiB"),
+        ("WORKER_VRAM_GIB", "nan", "WORKER_VRAM_GIB is 'nan', not a number of GiB"),
+        ("WORKER_FETCH_TIMEOUT_S", "0", "WORKER_FETCH_TIMEOUT_S is '0', not seconds"),
+        ("WORKER_RESPONSE_LIMIT_BYTES", "1e6", "WORKER_RESPONSE_LIMIT_BYTES is '1e6', not a number of bytes"),
+        ("WORKER_COMPILE", "maybe", "WORKER_COMPILE is 'maybe', not 1 or 0"),
+        ("WORKER_PRECISION", "fp4", "WORKER_PRECISION is 'fp4', not bf16, fp8 or int8"),
+        ("WORKER_VRAM_GB", "44", "WORKER_VRAM_GB is not a setting; did you mean WORKER_VRAM_GIB?"),
+        ("BUCKET_NAM", "b", "BUCKET_NAM is not a setting; did you mean BUCKET_NAME?"),
+        ("BUCKET_NAME", "b", "S3 is half set"),
+    ],
+)
+def test_bad_variable_is_refused_with_a_sentence(variable: str, value: str, sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({variable: value})
+    assert caught.value.sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize("missing", sorted(S3))
+def test_half_set_s3_names_what_is_missing(missing: str) -> None:
+    with pytest.raises(SettingsError, match=f"half set: {missing} missing"):
+        Settings.from_env({name: value for name, value in S3.items() if name != missing})
+
+
+def test_whole_s3_is_accepted() -> None:
+    assert Settings.from_env(S3).has_bucket
+
+
+def test_url_expiry_over_seven_days_is_refused() -> None:
+    with pytest.raises(SettingsError, match="7 days"):
+        Settings.from_env({**S3, "BUCKET_URL_EXPIRY_S": "604801"})
+
+
+def test_secret_is_not_in_the_repr() -> None:
+    settings = Settings.from_env(S3)
+    assert "very-secret" not in repr(settings)
+    assert "key-id" not in repr(settings)
+    assert settings.bucket_secret_access_key == "very-secret"
+    assert repr(Secret("x")) == "Secret('***')"
+
+
+def test_bad_secret_is_not_echoed_in_another_variables_error() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({**S3, "BUCKET_URL_EXPIRY_S": "soon"})
+    assert "very-secret" not in caught.value.sentence

@@ -1,0 +1,94 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
+
+from engine.text import PromptEncoder, clean
+from tests.engine.tiny_wan import tiny_text_encoder, tiny_tokenizer
+
+FOX = "a red fox runs"
+
+
+def prompt_encoder(max_entries=32):
+    """A PromptEncoder on tiny parts, and the list of the prompts' ids that its encoder was called with."""
+    model, calls = tiny_text_encoder(), []
+    model.register_forward_pre_hook(lambda _module, inputs: calls.append(inputs[0].tolist()))
+
+    @contextmanager
+    def use_encoder():
+        yield model
+
+    return PromptEncoder(tiny_tokenizer(), use_encoder, max_entries), calls
+
+
+def stock(prompt):
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=tiny_text_encoder(), vae=None, scheduler=None
+    )
+    return pipeline.encode_prompt(prompt, None, False, max_sequence_length=512, device=torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("prompt", [FOX, "", "unknown words only", "fox " * 600])
+def test_encode_equals_the_stock_pipeline(prompt):
+    encoder, _ = prompt_encoder()
+
+    assert torch.equal(encoder.encode(prompt).hidden, stock(prompt))
+
+
+def test_encode_remembers_a_prompt_and_gives_the_same_bits():
+    encoder, calls = prompt_encoder()
+    first, again = encoder.encode(FOX), encoder.encode(FOX)
+
+    assert len(calls) == 1
+    assert torch.equal(first.hidden, again.hidden)
+
+
+def test_encode_tells_prompts_apart_that_differ_by_case_or_one_letter():
+    encoder, calls = prompt_encoder()
+    for prompt in (FOX, "a red fox run", "a Red fox runs", "a red fox runs."):
+        encoder.encode(prompt)
+
+    assert len(calls) == 4
+
+
+def test_changing_a_result_does_not_change_what_is_remembered():
+    encoder, _ = prompt_encoder()
+    expected = encoder.encode(FOX).hidden.clone()
+    encoder.encode(FOX).hidden.zero_()
+
+    assert torch.equal(encoder.encode(FOX).hidden, expected)
+
+
+def test_memory_is_bounded_and_forgets_the_longest_unused():
+    encoder, calls = prompt_encoder(max_entries=2)
+    for prompt in ("a", "red", "a", "fox", "a"):
+        encoder.encode(prompt)
+    assert len(calls) == 3
+
+    encoder.encode("red")
+    assert len(calls) == 4
+
+
+def test_embedding_is_zero_after_the_last_real_token():
+    embedding = prompt_encoder()[0].encode(FOX)
+
+    assert embedding.hidden.shape == (1, 512, 16)
+    assert embedding.tokens == 5
+    assert embedding.hidden[:, 5:].abs().max() == 0.0
+    assert embedding.hidden[:, 4].abs().max() > 0.0
+
+
+@pytest.mark.parametrize(("words", "unread"), [(4, 0), (511, 0), (512, 1), (600, 89)])
+def test_embedding_counts_the_tokens_that_nobody_reads(words, unread):
+    assert prompt_encoder()[0].encode("fox " * words).unread_tokens == unread
+
+
+@pytest.mark.parametrize("prompt", ["  a  red\n fox ", "fox &amp;amp; snow", "cafÃ© fox", "fox &lt;b&gt;"])
+def test_clean_equals_the_stock_cleaning(prompt):
+    assert clean(prompt) == prompt_clean(prompt)
+
+
+def test_clean_repairs_what_it_should():
+    assert clean("  cafÃ© &amp;amp;\n\t fox ") == "café & fox"
