@@ -7,14 +7,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from engine import pictures, video
+from engine import video
 from engine.backends import Backend, Task, load_backend
 from engine.outputs import Frames, Images, MediaFile
+from engine.pictures import write_picture
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.settings import Settings
 from engine.weights import Parts
+from schemas.image_schema import ImageRequest
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +99,9 @@ class ModelHandler:
         if isinstance(output, Frames):
             file = video.write_mp4(output, folder / "video.mp4")
             return Generated((file,), output.notes, output.state())
-        request = task.request
+        request = cast(ImageRequest, task.request)  # only `image` makes pictures
         files = [
-            pictures.write_picture(picture, folder / f"image_{i}", request.output_format, request.quality)
+            write_picture(picture, folder / f"image-{i}", request.output_format, request.quality)
             for i, picture in enumerate(output.pictures)
         ]
         return Generated(tuple(files), output.notes)

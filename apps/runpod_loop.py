@@ -2,7 +2,7 @@
 
 The SDK (1.12.0) loses a job that it is handed around SIGTERM, gives up posting a result after five seconds,
 leaves a heartbeat behind that speaks for a killed worker, and prints jobs and results. Each place is a name
-of the SDK that `install` replaces; tests/apps/test_runpod_sdk.py fails if the code behind such a name changes.
+of the SDK that `install` replaces; tests/apps/test_runpod_sdk.py fails if the code behind one changes.
 """
 
 import asyncio

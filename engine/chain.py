@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from engine.conditioning import LAYOUTS, Layout
+from engine.conditioning import LAYOUTS
 from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
 from schemas.errors import InvalidInput, Problem
 
@@ -20,7 +20,7 @@ MAX_CLIP_FRAMES = (
     81  # SVI was trained on it; beyond, colours fade and the motion runs back to the first frame
 )
 SEED_STRIDE = 42  # the authors' own; with one seed for all clips colours saturate from clip to clip
-OVERLAP = 5  # pixel frames that two clips share: the anchor and the 4 frames of one motion latent
+OVERLAP = 4  # pixel frames that two clips share: those of one motion latent
 
 FramePolicy = Literal["exact", "window"]
 """exact: the frames asked for, the last one on the end picture. window: what the layout's origin returns."""
@@ -38,12 +38,12 @@ class Wish:
     """Of clip 0 of the whole film, whichever job made it."""
     layout: str
     policy: FramePolicy = "exact"
-    lock_end: bool | None = None
-    """Put the encoded end picture in the last latent's place. None: where the layout has such a latent."""
+    segments: int | None = None
+    """Number of clips. None: the fewest."""
     overlap: int = OVERLAP
-    """Frames that two clips share, 4m + 1: the anchor and m motion latents."""
+    """Frames that two clips share, 4 for each motion latent; the anchor's own frame comes on top."""
     continues: bool = False
-    """The first clip has motion latents already."""
+    """The first clip repeats something: motion latents, or start frames in the layouts that begin on those."""
     first_index: int = 0
 
 
@@ -59,9 +59,6 @@ class Clip:
     latent_frames: int
     seed: int
     prompt: str
-    lock_end: bool
-    end_alone: bool
-    """The last latent is decoded alone."""
     drop: int
     """Leading decoded frames that the clip before has shown."""
     cut: int | None
@@ -70,7 +67,7 @@ class Clip:
     @property
     def decoded_frames(self) -> int:
         plain = VAE_STRIDE_T * (self.latent_frames - 1) + 1
-        return plain - VAE_STRIDE_T + 1 if self.end_alone else plain
+        return plain - VAE_STRIDE_T + 1 if LAYOUTS[self.layout].end_alone else plain
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -80,15 +77,19 @@ class Clip:
 
 
 def plan(wish: Wish) -> tuple[Clip, ...]:
-    """Divide a film into the fewest clips of at most 81 frames, of about equal length.
+    """Divide a film into clips of at most 81 frames and of about equal length.
 
     Raises:
-        InvalidInput: the length is none that the VAE takes, or the layout cannot go on from a clip before.
+        InvalidInput: neither the VAE nor the number of clips takes this length, or the layout makes one clip.
     """
-    _check(wish, LAYOUTS[wish.layout])
-    lengths = _lengths(wish.frames, wish.overlap)
+    _check_length(wish)
+    lengths = _lengths(wish)
     if len(lengths) > 1 and not LAYOUTS[wish.layout].takes_motion:
-        raise _refuse_chain(wish.layout)
+        chaining = ", ".join(name for name, layout in LAYOUTS.items() if layout.takes_motion)
+        raise _refuse(
+            "layout",
+            f"{wish.layout} makes one clip of at most {MAX_CLIP_FRAMES} frames; for more: {chaining}",
+        )
     return tuple(_clip(wish, i, frames, is_last=i == len(lengths) - 1) for i, frames in enumerate(lengths))
 
 
@@ -108,21 +109,17 @@ def motion_after(clip: Clip, latents: Tensor, overlap: int = OVERLAP) -> Tensor:
 
 
 def newest_frames(video: Tensor, overlap: int = OVERLAP) -> Tensor:
-    """The last overlap + 4 frames of a video (1, 3, F, H, W): what its motion latents are encoded from.
+    """The last overlap + 5 frames of a video (1, 3, F, H, W): what its motion latents are encoded from.
 
     Sliced before the encoder, which would keep the oldest 4k + 1 by itself. 9 is the reference for 1 latent.
 
     Raises:
         InvalidInput: the video is shorter.
     """
-    needed = overlap + VAE_STRIDE_T
+    needed = overlap + 1 + VAE_STRIDE_T
     if video.shape[2] < needed:
-        raise InvalidInput(
-            [
-                Problem(
-                    "prefix_video", f"has {video.shape[2]} frames; going on from it takes at least {needed}"
-                )
-            ]
+        raise _refuse(
+            "prefix_video", f"has {video.shape[2]} frames; going on from it takes at least {needed}"
         )
     return video[:, :, -needed:]
 
@@ -141,65 +138,51 @@ def keep(chunks: Iterable[Tensor], kept: Iterable[int]) -> Iterator[Tensor]:
             yield chunk[:, :, here]
 
 
-def _check(wish: Wish, layout: Layout) -> None:
-    problems = []
+def _check_length(wish: Wish) -> None:
+    if wish.overlap < VAE_STRIDE_T or wish.overlap % VAE_STRIDE_T:
+        raise _refuse("overlap", f"must be a multiple of {VAE_STRIDE_T}: whole motion latents")
     if not is_legal_frames(wish.frames) or wish.frames == 1:
-        problems.append(Problem("video_length", frames_advice(max(wish.frames, 1 + VAE_STRIDE_T))))
-    elif wish.continues and wish.frames < wish.overlap + VAE_STRIDE_T:
-        problems.append(
-            Problem(
-                "video_length",
-                f"must be at least {wish.overlap + VAE_STRIDE_T} to go on: "
-                f"{wish.overlap} frames are shared with what came before",
-            )
+        raise _refuse("video_length", frames_advice(max(wish.frames, 1 + VAE_STRIDE_T)))
+    repeated = 1 + wish.overlap
+    if wish.continues and wish.frames < repeated + VAE_STRIDE_T:
+        raise _refuse(
+            "video_length",
+            f"must be at least {repeated + VAE_STRIDE_T}: {repeated} frames repeat what was before",
         )
-    if wish.overlap <= 1 or not is_legal_frames(wish.overlap):
-        problems.append(Problem("overlap", frames_advice(max(wish.overlap, OVERLAP))))
-    if wish.continues and not layout.takes_motion:
-        problems += _refuse_chain(wish.layout).problems
-    if wish.lock_end and not layout.single_image_end:
-        problems.append(Problem("lock_end", f"layout {wish.layout} has no latent of the end picture alone"))
-    if problems:
-        raise InvalidInput(problems)
 
 
-def _refuse_chain(name: str) -> InvalidInput:
-    chaining = ", ".join(other for other, layout in LAYOUTS.items() if layout.takes_motion)
-    return InvalidInput(
-        [
-            Problem(
-                "layout",
-                f"{name} has no place for the motion of a clip before, so it makes one clip of at most "
-                f"{MAX_CLIP_FRAMES} frames; for more: {chaining}",
-            )
-        ]
-    )
-
-
-def _lengths(frames: int, overlap: int) -> tuple[int, ...]:
+def _lengths(wish: Wish) -> tuple[int, ...]:
     """Frames of each clip, each 4k + 1, the longer ones first."""
-    count = 1 + -(-max(0, frames - MAX_CLIP_FRAMES) // (MAX_CLIP_FRAMES - overlap))
-    groups = (frames + overlap * (count - 1) - count) // VAE_STRIDE_T
+    repeated = 1 + wish.overlap
+    fewest = 1 + -(-max(0, wish.frames - MAX_CLIP_FRAMES) // (MAX_CLIP_FRAMES - repeated))
+    most = max(fewest, (wish.frames - repeated) // VAE_STRIDE_T)  # at least 4 new frames in each
+    count = fewest if wish.segments is None else wish.segments
+    if not fewest <= count <= most:
+        raise _refuse("segments", f"must be {fewest} to {most} for {wish.frames} frames, got {count}")
+    groups = (wish.frames + repeated * (count - 1) - count) // VAE_STRIDE_T
     return tuple(1 + VAE_STRIDE_T * (groups // count + (i < groups % count)) for i in range(count))
 
 
 def _clip(wish: Wish, i: int, frames: int, is_last: bool) -> Clip:
     name = wish.layout if is_last else "svi"
     layout = LAYOUTS[name]
-    lock_end = layout.single_image_end and wish.lock_end is not False
-    end_alone = layout.end_alone or lock_end
     exact = wish.policy == "exact"
     # One latent more gives one frame too many: the one before the end picture goes.
-    exact_cut = -2 if end_alone else None
+    exact_cut = -2 if layout.end_alone else None
+    repeated = wish.overlap if layout.from_start else 1 + wish.overlap
     return Clip(
         index=wish.first_index + i,
         layout=name,
         frames=frames,
-        latent_frames=(frames - 1) // VAE_STRIDE_T + 1 + (layout.extra_latent or (exact and end_alone)),
+        latent_frames=(frames - 1) // VAE_STRIDE_T
+        + 1
+        + (layout.extra_latent or (layout.end_alone and exact)),
         seed=wish.seed + SEED_STRIDE * (wish.first_index + i),
         prompt=wish.prompts[min(i, len(wish.prompts) - 1)],
-        lock_end=lock_end,
-        end_alone=end_alone,
-        drop=wish.overlap if i > 0 or wish.continues else 0,
+        drop=repeated if i > 0 or wish.continues else 0,
         cut=exact_cut if exact else layout.window_cut,
     )
+
+
+def _refuse(field: str, sentence: str) -> InvalidInput:
+    return InvalidInput([Problem(field, sentence)])

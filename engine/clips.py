@@ -14,6 +14,7 @@ MIN_SIDE = 16
 MAX_FRAMES = 3600
 MAX_DURATION_S = 120.0
 MAX_RESULT_BYTES = 2**29
+MAX_BOXES = 20_000  # a fragmented MP4 has two a fragment
 
 # More seconds than a picture gets: a clip with a single key frame must be decoded from its beginning.
 _LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=20, memory_bytes=2**30, result_bytes=MAX_RESULT_BYTES)
@@ -57,6 +58,8 @@ def decode_clip(data: bytes, last_frames: int) -> Clip:
     form = clip_form(data)
     if form is None:
         raise InvalidMedia("not an MP4, MOV, WebM or Matroska video")
+    if not (_boxes_fit(data) if form == "mov" else _segment_fits(data)):
+        raise InvalidMedia(_SENTENCES["damaged"])
     rules = {
         "last_frames": last_frames,
         "max_frames": MAX_FRAMES,
@@ -80,9 +83,45 @@ def decode_clip(data: bytes, last_frames: int) -> Clip:
 
 
 def clip_form(data: bytes) -> str | None:
-    """libavformat's name of the container by the first bytes: mov (also MP4) or matroska (also WebM), else None."""
+    """libavformat's name of the container, by its first bytes: mov (and MP4) or matroska (and WebM)."""
     if data[4:8] == b"ftyp":
         return "mov"
     if data.startswith(b"\x1a\x45\xdf\xa3"):
         return "matroska"
     return None
+
+
+def _boxes_fit(data: bytes) -> bool:
+    """Whether the outermost boxes of an MP4 end with the file: a demuxer plays a cut one as far as it goes."""
+    position = 0
+    for _ in range(MAX_BOXES):
+        if position == len(data):
+            return True
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 0:  # up to the end of the file
+            return True
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8 or position + size > len(data):
+            return False
+        position += size
+    return False
+
+
+def _segment_fits(data: bytes) -> bool:
+    """Whether a Matroska file holds as much as its segment says. Live recordings do not say, and pass."""
+    size, position = _ebml_size(data, 4)  # 4: the header's identifier
+    position += size or 0
+    if data[position : position + 4] != b"\x18\x53\x80\x67":
+        return False
+    size, position = _ebml_size(data, position + 4)
+    return size is None or position + size <= len(data)
+
+
+def _ebml_size(data: bytes, position: int) -> tuple[int | None, int]:
+    """The size written at `position` (None: unknown), and where it ends. Source: RFC 8794, section 4."""
+    length = 9 - int.from_bytes(data[position : position + 1], "big").bit_length()
+    position, digits = position + length, data[position : position + length]
+    unknown = (1 << 7 * length) - 1
+    size = int.from_bytes(digits, "big") & unknown
+    return None if size == unknown else size, position

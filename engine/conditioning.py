@@ -67,7 +67,7 @@ class Layout:
     single_image_end: bool = False
     """The last latent is made from one picture alone, so it is a first-frame latent and no motion latent."""
     end_alone: bool = False
-    """That latent is always decoded alone. svi_upstream's own version decodes it in the causal stream."""
+    """That latent is decoded alone, so it can be locked. svi_upstream decodes it in the causal stream."""
     from_start: bool = False
     """Latent 0 comes from `start`. Otherwise it is the anchor, and `start` has no influence at all."""
     takes_motion: bool = False

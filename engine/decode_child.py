@@ -1,7 +1,7 @@
 """The program of the decoding child: a stranger's picture or clip on stdin, raw RGB on stdout.
 
-`engine.sandbox` runs it as a script, once for each file, with an empty environment. It imports nothing of this
-project, takes its limits upon itself before it reads a byte, and then can open no file and no socket.
+`engine.sandbox` runs it as a script, once for each file, with an empty environment. It imports nothing of
+this project, limits itself before it reads a byte, and from then on can open no file and no socket.
 
 Stdout holds one line of JSON, then the frames, each (height, width, 3) uint8. The line is
 `{"frames", "height", "width", "fps"}` or `{"refused": reason}`. Any other end means that the child died.
@@ -33,7 +33,7 @@ MODULES = {
 }
 """All that decoding a format may import, lazy imports of Pillow included: later, no file can be opened."""
 
-# What Pillow 13 raises for broken files, found by mutating good ones. Anything else is a bug and ends the child.
+# What Pillow 13 raises for broken files, found by mutating good ones. Anything else is a bug and ends us.
 DAMAGE = (
     OSError,
     SyntaxError,
@@ -217,7 +217,7 @@ def _turn_upright(rgb: Any, source: Any) -> Any:
 def decode_clip(data: bytes, form: str, rules: dict[str, Any]) -> Decoded:
     """The last frames of an MP4, MOV, WebM or Matroska clip as RGB, turned as its display matrix says.
 
-    `rules`: last_frames, max_frames, max_duration_s, min_side, max_side, max_pixels. Pixels are taken as square.
+    `rules`: last_frames, max_frames, max_duration_s, min_side, max_side, max_pixels. Pixels count as square.
 
     Raises:
         Refused: too_large, too_small, too_long, too_short, codec, damaged or memory.

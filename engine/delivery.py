@@ -9,9 +9,7 @@ from typing import Any, Literal, Protocol
 
 from engine.outputs import MediaFile
 
-EXTENSIONS = {"video/mp4": "mp4", "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
-
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*\.[a-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,12 @@ class Store(Protocol):
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
         """Put the file where the caller can get it.
 
-        `name`: lower-case words with hyphens, one per file of the job. The same job id and name lead to the
-        same place; another file that stands there is never replaced.
+        `name`: such as `video.mp4`, one per file of the job. The same job id and name lead to the same place;
+        another file that stands there is never replaced.
 
         Raises:
-            DeliveryFailed: its sentence names the key; `retryable` says whether the same request may succeed
-            later. OutputTooLarge: only the response could carry the file, and it is too large for that.
+            DeliveryFailed: names the key; `retryable` says whether the same request may succeed later.
+            OutputTooLarge: only the response could carry the file, and it is too large for that.
         """
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
@@ -58,14 +56,13 @@ class Store(Protocol):
 
 
 def job_key(job_id: str, name: str) -> str:
-    """`<hash of the job id>/<name>`: any id makes a harmless name, the same id always the same one."""
-    return f"{hashlib.sha256(job_id.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}/{name}"
+    """`<hash of the job id>/<name>`: any id makes a harmless key, the same id always the same one.
 
-
-def file_key(job_id: str, name: str, content_type: str) -> str:
+    `name`: a file's name such as `video.mp4`, in lower case; ours, never the caller's.
+    """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r}: a file's name is lower-case words with hyphens")
-    return job_key(job_id, f"{name}.{EXTENSIONS[content_type]}")
+        raise ValueError(f"{name!r} is not a plain file name")
+    return f"{hashlib.sha256(job_id.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}/{name}"
 
 
 def with_suffix(key: str, suffix: str) -> str:

@@ -52,23 +52,22 @@ def fetch(
     max_bytes: int = 20 * 2**20,
     allow: tuple[str, ...] = (),
     resolve: Resolve = system_resolver,
+    budget: "FetchBudget | None" = None,
 ) -> bytes:
     """Read a URL within `timeout_s` seconds of wall clock, redirects included.
 
     `allow`: hosts, host:port or networks that may be private; see `engine.addresses.parse_allowed`.
+    `budget`: what the other fetches of the job have left over, if it is shared.
 
     Raises:
         FetchFailed: whatever went wrong; the sentence names no address.
     """
     allowed = parse_allowed(allow)
-    deadline = Deadline(timeout_s)
-    target = parse_url(url)
-    for _ in range(MAX_REDIRECTS + 1):
-        answer = _get(target, deadline, max_bytes, allowed, resolve)
-        if isinstance(answer, bytes):
-            return answer
-        target = answer
-    raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times")
+
+    def read(timeout_s: float, max_bytes: int) -> bytes:
+        return _follow(parse_url(url), Deadline(timeout_s), max_bytes, allowed, resolve)
+
+    return read(timeout_s, max_bytes) if budget is None else budget.spend(read, timeout_s, max_bytes)
 
 
 def check_endpoint(
@@ -83,39 +82,27 @@ def check_endpoint(
 
 
 class FetchBudget:
-    """The fetches of one job: each has its own limits, and together they share seconds and bytes."""
+    """What the fetches of one job may use together, however many URLs it names. One runs at a time."""
 
-    def __init__(
-        self,
-        *,
-        timeout_s: float = 20.0,
-        max_bytes: int = 20 * 2**20,
-        job_timeout_s: float = 40.0,
-        job_max_bytes: int = 40 * 2**20,
-        allow: tuple[str, ...] = (),
-        resolve: Resolve = system_resolver,
-    ) -> None:
-        self._timeout_s = timeout_s
-        self._max_bytes = max_bytes
-        self._left_s = job_timeout_s
-        self._left_bytes = job_max_bytes
-        self._allow = allow
-        self._resolve = resolve
+    def __init__(self, *, timeout_s: float = 40.0, max_bytes: int = 40 * 2**20) -> None:
+        self._left_s = timeout_s
+        self._left_bytes = max_bytes
         self._one_at_a_time = threading.Lock()
 
-    def __call__(self, url: str) -> bytes:
+    def spend(self, read: Callable[[float, int], bytes], timeout_s: float, max_bytes: int) -> bytes:
+        """Call `read` with these limits or with what is left, and take off what it used.
+
+        Raises:
+            FetchFailed: nothing is left; or from `read`.
+        """
         with self._one_at_a_time:
+            if self._left_s <= 0 or self._left_bytes <= 0:
+                raise FetchFailed("the request's URLs together take too long or hold too much")
             started = time.monotonic()
             try:
-                body = fetch(
-                    url,
-                    timeout_s=min(self._timeout_s, self._left_s),
-                    max_bytes=min(self._max_bytes, self._left_bytes),
-                    allow=self._allow,
-                    resolve=self._resolve,
-                )
+                body = read(min(timeout_s, self._left_s), min(max_bytes, self._left_bytes))
             finally:
-                self._left_s = max(0.0, self._left_s - (time.monotonic() - started))
+                self._left_s -= time.monotonic() - started
             self._left_bytes -= len(body)
             return body
 
@@ -164,6 +151,18 @@ class _Wire(io.RawIOBase):
 
 class _Flooded(OSError):
     """More bytes on the wire than a body within the limit needs, however it is chunked."""
+
+
+def _follow(
+    target: Target, deadline: Deadline, max_bytes: int, allowed: tuple[Allowed, ...], resolve: Resolve
+) -> bytes:
+    """The body at the end of at most MAX_REDIRECTS redirects, each checked like the first."""
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = _get(target, deadline, max_bytes, allowed, resolve)
+        if isinstance(answer, bytes):
+            return answer
+        target = answer
+    raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times")
 
 
 def _get(

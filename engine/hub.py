@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from engine.profile import Source
+from engine.weights import sha256
 
 
 class BakeFailed(Exception):
@@ -50,9 +51,12 @@ class FolderHub:
     root: Path
 
     def commit(self, source: Source) -> str:
-        if not (self.root / source.repo).is_dir():
-            raise BakeFailed(f"{source.repo} is not in the folder")
-        return "local"
+        """A hash of everything in the repository's folder, so that a changed file is a changed commit."""
+        base = self.root / source.repo
+        digest = hashlib.sha256()
+        for path in sorted(path for path in base.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(base).as_posix()} {sha256(path)}\n".encode())
+        return digest.hexdigest()[:40]
 
     def files(self, source: Source, folder: str) -> list[RemoteFile]:
         base = self.root / source.repo
@@ -142,6 +146,7 @@ class HuggingFaceHub:
         with partial.open("ab") as stream:
             if stream.tell() > file.size_bytes:
                 stream.truncate(0)
+                stream.seek(0)
             with _explained(f"{source.repo}/{file.path}"):
                 self._download(source, file, stream)
         if not _is_whole(partial, file):
@@ -191,11 +196,12 @@ def _remote_file(entry: Any) -> RemoteFile:
 def _is_whole(path: Path, file: RemoteFile) -> bool:
     if path.stat().st_size != file.size_bytes:
         return False
-    with path.open("rb") as stream:
-        if file.sha256 is not None:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
-        blob = hashlib.sha1(b"blob %d\0" % file.size_bytes + stream.read(), usedforsecurity=False)
-    return file.git_sha1 is None or blob.hexdigest() == file.git_sha1
+    if file.sha256 is not None:
+        return sha256(path) == file.sha256
+    if file.git_sha1 is not None:
+        blob = b"blob %d\0" % file.size_bytes + path.read_bytes()
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == file.git_sha1
+    return True
 
 
 @contextmanager

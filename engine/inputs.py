@@ -1,19 +1,21 @@
 """A request's media, fetched and decoded: the only step between a parsed request and a task."""
 
 import hashlib
+import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.clips import load_clip
+from engine.clips import decode_clip
 from engine.fetch import FetchBudget, fetch
-from engine.pictures import load_picture
+from engine.media import read_media
+from engine.pictures import decode_picture
 from engine.settings import Settings
 from schemas.request import Request, media_fields
+from schemas.svi_schema import SviEndframeRequest
 
 MIB = 2**20
-PREFIX_FRAMES = 9  # the newest 4n + 1 of a prefix video that the motion latent is taken from; SVI's reference uses 9
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Media:
     pictures: dict[str, Any]
     """RGB pictures; a list where the field is a list, or for a video its newest frames."""
     hashes: dict[str, str | list[str]]
-    """sha256 of the decoded pixels, so that one picture has one hash in whatever form it came."""
+    """sha256 of each file as it came, after base64; of a state's text."""
 
 
 def load(request: Request, settings: Settings) -> Media:
@@ -36,22 +38,32 @@ def load(request: Request, settings: Settings) -> Media:
     max_bytes = int(settings.fetch_max_mib * MIB)
     budget = FetchBudget(timeout_s=2 * settings.fetch_timeout_s, max_bytes=2 * max_bytes)
 
-    def read(url: str) -> bytes:
+    def read_url(url: str) -> bytes:
         return fetch(
-            url, timeout_s=settings.fetch_timeout_s, max_bytes=max_bytes, allow=settings.fetch_allow, budget=budget
+            url,
+            timeout_s=settings.fetch_timeout_s,
+            max_bytes=max_bytes,
+            allow=settings.fetch_allow,
+            budget=budget,
         )
 
-    def picture(text: str) -> Any:
-        return load_picture(text, fetch=read, max_bytes=max_bytes)
+    def files(field_kind: str, type_name: str) -> dict[str, Any]:
+        return {
+            name: _each(texts, lambda text: read_media(text, type_name, fetch=read_url, max_bytes=max_bytes))
+            for name, texts in media_fields(request, field_kind).items()
+        }
 
-    def clip(text: str) -> list[Any]:
-        return load_clip(text, fetch=read, max_bytes=max_bytes, last_frames=PREFIX_FRAMES)
+    pictures, videos = files("picture", "image"), files("video", "video")
+    decoded = {name: _each(data, decode_picture) for name, data in pictures.items()}
+    decoded |= {name: decode_clip(data, _motion_frames(request)).frames for name, data in videos.items()}
+    hashes = {name: _each(data, _digest) for name, data in (pictures | videos).items()}
+    hashes |= {name: _digest(str(text).encode()) for name, text in media_fields(request, "latent").items()}
+    return Media(decoded, hashes)
 
-    loaded = {name: _each(value, picture) for name, value in media_fields(request, "picture").items()}
-    loaded |= {name: _each(value, clip) for name, value in media_fields(request, "video").items()}
-    hashes = {name: _each(value, _hash) for name, value in loaded.items()}
-    hashes |= {name: _digest(str(value).encode()) for name, value in media_fields(request, "latent").items()}
-    return Media(loaded, hashes)
+
+def fingerprint(payload: object) -> str:
+    """A hash of the request as it came: the same job id with another input is another job."""
+    return _digest(json.dumps(payload, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
 
 
 def draw_seed(request: Request) -> int:
@@ -59,12 +71,15 @@ def draw_seed(request: Request) -> int:
     return request.seed if request.seed is not None and request.seed >= 0 else secrets.randbits(32)
 
 
+def _motion_frames(request: Request) -> int:
+    """The newest frames of a prefix video that a clip can take over: the overlap and one latent of run-up."""
+    if not isinstance(request, SviEndframeRequest):
+        raise TypeError(f"{request.mode} takes no video")
+    return request.overlap + 4
+
+
 def _each(value: Any, one: Callable[[Any], Any]) -> Any:
     return [one(item) for item in value] if isinstance(value, list) else one(value)
-
-
-def _hash(image: Any) -> str:
-    return _digest(f"{image.width}x{image.height}".encode() + image.tobytes())
 
 
 def _digest(data: bytes) -> str:

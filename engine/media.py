@@ -1,4 +1,4 @@
-"""The bytes behind a picture or clip field: an http(s) URL, a data URI or bare base64, told apart by their form."""
+"""The bytes behind a picture or clip field: http(s) URL, data URI or base64, told apart by their form."""
 
 import base64
 import re
@@ -16,7 +16,7 @@ _URL_SAFE = re.compile(r"[A-Za-z0-9_-]*={0,2}")
 
 
 def read_media(value: str, kind: str, *, fetch: Fetch, max_bytes: int) -> bytes:
-    """Read a field's value. `kind`: "image" or "video", what a data URI must say it holds; it is not believed.
+    """Read a field's value. `kind`: "image" or "video", what a data URI must say it is; it is not believed.
 
     Raises:
         FetchFailed: from `fetch`.

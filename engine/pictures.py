@@ -1,13 +1,17 @@
-"""Pictures in and out. A stranger's picture is judged by its bytes and decoded in a child; only RGB comes back."""
+"""Pictures in and out. A stranger's is judged by its bytes and decoded in a child; only RGB comes back."""
 
+import hashlib
 import re
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
 from engine import sandbox
 from engine.media import Fetch, read_media
-from schemas.errors import EncodingFailed, InvalidMedia
+from engine.outputs import MediaFile
+from schemas.errors import BadOutput, EncodingFailed, InvalidMedia
 
 MAX_PIXELS = 16_777_216  # 4096 x 4096
 MAX_SIDE = 8192
@@ -76,8 +80,8 @@ def picture_form(data: bytes) -> str | None:
 def has_too_many_scans(data: bytes) -> bool:
     """Whether a JPEG could make a decoder run more than MAX_JPEG_SCANS scans, seen without decoding.
 
-    Walks from segment to segment as libjpeg does, up to the end of the picture: what phones append after it (further
-    pictures, a film) does not count.
+    Walks from segment to segment as libjpeg does, up to the end of the picture: what phones append after it
+    (further pictures, a film) does not count.
     """
     scans, position = 0, 0
     for _ in range(MAX_JPEG_SEGMENTS):
@@ -94,8 +98,13 @@ def has_too_many_scans(data: bytes) -> bool:
     return True
 
 
+def fit_picture(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale with Lanczos to cover height x width, and cut the middle out to exactly that."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
 def encode_picture(image: Image.Image, output_format: str, quality: int) -> bytes:
-    """Write an RGB picture as "png", "jpeg" or "webp". The same pixels give the same bytes; no metadata goes along.
+    """Write an RGB picture as "png", "jpeg" or "webp". Only pixels decide the bytes: no metadata goes along.
 
     `quality`: 1 to 100, of jpeg and webp; png is lossless. JPEG keeps full colour resolution (4:4:4).
 
@@ -103,22 +112,44 @@ def encode_picture(image: Image.Image, output_format: str, quality: int) -> byte
         EncodingFailed: the encoder does not take the picture.
         ValueError: another format.
     """
-    plain = Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())
+    options = {"png": {}, "jpeg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}}
+    if output_format not in options:
+        raise ValueError(f"{output_format!r} is not png, jpeg or webp")
+    plain = Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())  # leaves all metadata behind
     file = BytesIO()
     try:
-        if output_format == "png":
-            plain.save(file, "PNG")
-        elif output_format == "jpeg":
-            plain.save(file, "JPEG", quality=quality, subsampling=0)
-        elif output_format == "webp":
-            plain.save(file, "WEBP", quality=quality)
-        else:
-            raise ValueError(f"{output_format!r} is not png, jpeg or webp")
-    except OSError as error:
+        plain.save(file, output_format, **options[output_format])
+    except (OSError, ValueError) as error:
         raise EncodingFailed(f"the picture could not be written as {output_format}") from error
     return file.getvalue()
 
 
-def fit_picture(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale with Lanczos to cover height x width, and cut the middle out to exactly that."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+def write_picture(picture: Any, stem: Path, output_format: str, quality: int) -> MediaFile:
+    """Write a generated picture, uint8 (height, width, 3) RGB, and read it back. The format is the suffix.
+
+    Raises:
+        BadOutput: the picture is one flat colour, as a decode of NaN is.
+        EncodingFailed: it could not be written, or does not read back.
+    """
+    image = Image.fromarray(picture)
+    if image.getcolors(1) is not None:
+        raise BadOutput("the model made a picture of one flat colour")
+    path = stem.with_name(f"{stem.name}.{output_format}")
+    try:
+        path.write_bytes(encode_picture(image, output_format, quality))
+        written = path.read_bytes()
+        with Image.open(BytesIO(written), formats=[output_format]) as found:
+            found.load()
+    except OSError as error:
+        raise EncodingFailed("the picture's file could not be written") from error
+    if found.size != image.size or (output_format == "png" and found.tobytes() != image.tobytes()):
+        raise EncodingFailed("the picture's file does not hold the picture")
+    return MediaFile(
+        path=path,
+        content_type=f"image/{output_format}",
+        height=found.height,
+        width=found.width,
+        frames=1,
+        size_bytes=len(written),
+        sha256=hashlib.sha256(written).hexdigest(),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine import outbox
 from engine.bucket import Bucket
-from engine.delivery import Delivered, file_key, job_key, with_suffix
+from engine.delivery import Delivered, job_key, with_suffix
 from engine.outputs import MediaFile
 from engine.record import MAX_BYTES, Record, make_record, read_record
 from engine.s3 import Objects, Patience, connect
@@ -51,7 +51,7 @@ class GuestStore:
     terms: Terms
 
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = self.terms.key(file_key(job_id, name, file.content_type))
+        key = self.terms.key(job_key(job_id, name))
         try:
             return _send(self.bucket, self.terms, file, key)
         except DeliveryFailed as error:
@@ -83,7 +83,7 @@ class S3Store:
     outbox_dir: Path
 
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = self.terms.key(file_key(job_id, name, file.content_type))
+        key = self.terms.key(job_key(job_id, name))
         try:
             return _send(self.bucket, self.terms, file, key)
         except (DeliveryFailed, JobTimeout, WorkerShutdown) as error:

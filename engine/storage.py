@@ -14,7 +14,7 @@ from typing import Any
 
 from engine import outbox
 from engine.bucket import bucket_from_request, bucket_from_settings
-from engine.delivery import Delivered, Store, data_uri, data_uri_bytes, file_key, with_suffix
+from engine.delivery import Delivered, Store, data_uri, data_uri_bytes, job_key, with_suffix
 from engine.outputs import MediaFile
 from engine.s3 import Patience, connect
 from engine.s3_store import GuestStore, S3Store, Terms
@@ -84,7 +84,7 @@ class InlineStore:
         size_bytes = data_uri_bytes(file)
         if size_bytes > self.limit_bytes:
             raise _too_large(f"the {name} as base64", size_bytes, self.limit_bytes)
-        key = file_key(job_id, name, file.content_type)
+        key = job_key(job_id, name)
         return Delivered(data_uri(file), key, "inline", file.sha256, file.size_bytes)
 
     def recall(self, _job_id: str, _input_sha256: str) -> dict[str, Any] | None:
@@ -106,7 +106,7 @@ class LocalStore:
     folder: Path
 
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = file_key(job_id, name, file.content_type)
+        key = job_key(job_id, name)
         if file.content_type.startswith("image/"):
             return Delivered(data_uri(file), key, "inline", file.sha256, file.size_bytes)
         try:

@@ -1,4 +1,4 @@
-"""Whether the operator's store works, asked once at start: better a worker that does not start than a lost video."""
+"""Whether the operator's store works, asked once at start: better no worker than a lost video."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_store(settings: Settings) -> None:
-    """Write, verify and open an object as a job would, and look at the clock and the outbox. Nothing without S3.
+    """Write, verify and open an object as a job would; look at the clock and the outbox. Nothing without S3.
 
     Leaves one small object, `<prefix>/check.txt`, which every start finds and verifies again.
 
@@ -47,7 +47,8 @@ def check_store(settings: Settings) -> None:
 
 
 def _check_clock(skew_s: float) -> None:
-    sentence = f"this worker's clock is {abs(skew_s) / 60:.0f} min {'ahead of' if skew_s > 0 else 'behind'} the store's"
+    direction = "ahead of" if skew_s > 0 else "behind"
+    sentence = f"this worker's clock is {abs(skew_s) / 60:.0f} min {direction} the store's"
     if abs(skew_s) > SKEW_MAX_S:
         raise SettingsError(f"{sentence}; the store refuses more than 15")
     if abs(skew_s) > SKEW_WARN_S:
@@ -68,5 +69,5 @@ def _check_url(objects: Objects, key: str, bucket: Bucket, patience: Patience) -
     """Open the signed URL as a caller would. RunPod's own network volume API, for one, has no signed URLs."""
     if objects.open_signed(key, patience) != CONTENT:
         raise SettingsError(
-            f"the store does not open signed URLs, so that nobody could fetch a result; check {bucket.labels.endpoint}"
+            f"the store opens no signed URLs, so nobody could fetch a result; check {bucket.labels.endpoint}"
         )

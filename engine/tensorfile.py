@@ -5,7 +5,6 @@ GB on a small machine, and a worker wants tensors in the order in which they run
 work while the rest is still read.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -92,7 +91,7 @@ class TensorFiles:
 
 
 class TensorWriter:
-    """Writes one safetensors file in the order of `specs`, hashing as it goes. Memory: one tensor.
+    """Writes one safetensors file in the order of `specs`. Memory: one tensor.
 
     Used as a context manager; leaving it without an error checks that every tensor was written.
     """
@@ -100,9 +99,8 @@ class TensorWriter:
     def __init__(self, path: Path, specs: Sequence[Spec]) -> None:
         self._specs = list(specs)
         self._done = 0
-        self._hash = hashlib.sha256()
         self._file = path.open("wb")
-        self._put(_header(self._specs))
+        self._file.write(_header(self._specs))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor, which must be the next of the specs, in its dtype and shape.
@@ -113,13 +111,8 @@ class TensorWriter:
         spec = self._specs[self._done] if self._done < len(self._specs) else None
         if spec != (name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not the next tensor, {spec}")
-        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._done += 1
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what has been written so far."""
-        return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -130,10 +123,6 @@ class TensorWriter:
         self._file.close()
         if error is None and self._done != len(self._specs):
             raise ValueError(f"{len(self._specs) - self._done} tensors were not written")
-
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
 
 
 def weight_files(names: Iterable[str], variant: str | None) -> list[str]:

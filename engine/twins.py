@@ -19,7 +19,7 @@ from engine.published import published_values
 from engine.tensorfile import DTYPES
 from engine.twin_tokenizers import CLIP_SIZE, UMT5_SIZE, write_clip, write_umt5
 
-# What is smaller than published; all else, such as strides, patch, latent statistics and schedule, is the same.
+# What is smaller than published; all else is the same: strides, patch, latent statistics, schedule.
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "freq_dim": 32, "num_layers": 3,
     "text_dim": 32,

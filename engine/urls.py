@@ -76,7 +76,7 @@ def parse_url(text: str) -> Target:
 
 
 def refuse_unprintable(text: str) -> None:
-    """Raise FetchFailed on what parsers strip or disagree about: backslash, blank, control, lone surrogate."""
+    """Raise FetchFailed on what parsers strip or differ on: backslash, blank, control, lone surrogate."""
     if "\\" in text or " " in text or not text.isprintable():
         raise FetchFailed("the URL holds a backslash, a space or a control character; percent-encode it")
 

@@ -69,9 +69,11 @@ def write_mp4(frames: Frames, path: Path) -> MediaFile:
     try:
         with _as_encoding_failed("written"):
             _write(partial, stream)
-        found = verify(partial, frames.shape, frames.fps, luma)
-        with _as_encoding_failed("written"):
             size_bytes, sha256 = _measure(partial)
+        if sha256 != hashlib.sha256(stream).hexdigest():
+            raise EncodingFailed("the video on the disk is not what was written to it")
+        found = verify(partial, frames.shape, frames.fps, luma)
+        with _as_encoding_failed("named"):
             partial.replace(path)
     finally:
         with suppress(OSError):
@@ -138,7 +140,7 @@ def probe(path: Path) -> Probe:
         for frame in container.decode(stream):
             if frame.pts is None or frame.pts * stream.time_base != len(luma) / stream.average_rate:
                 raise ValueError(f"frame {len(luma)} is not at its time")
-            if frame.is_corrupt or (frame.width, frame.height) != (stream.width, stream.height):
+            if frame.is_corrupt:
                 raise ValueError(f"frame {len(luma)} is damaged")
             luma.append(_mean_luma(frame))
         context = stream.codec_context

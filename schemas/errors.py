@@ -18,6 +18,7 @@ WorkerError
 ├── WorkerShutdown        the platform is taking the worker away
 ├── Busy                  another job holds the card
 ├── SettingsError         an environment variable is wrong; said at start
+├── CardUnfit             no card, or too small a one; said at start
 └── InternalError         a bug of ours; the sentence says nothing else
 
 A foreign exception becomes one of these once, at the edge where it is understood.
@@ -153,6 +154,11 @@ class Busy(WorkerError):
 class SettingsError(WorkerError):
     code = "settings_error"
     http_status = 500
+
+
+class CardUnfit(WorkerError):
+    code = "card_unfit"
+    http_status = 503
 
 
 class InternalError(WorkerError):

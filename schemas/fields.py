@@ -78,6 +78,34 @@ class Grid:
         return f"{self.step}k + {offset}" if offset else f"a multiple of {self.step}"
 
 
+@dataclass(frozen=True)
+class Entries:
+    """A list of 1 to `most` entries. It becomes a tuple, so that a frozen request is frozen all through.
+
+    The number is looked at first: otherwise each of a million wrong entries would earn a sentence of its own.
+    """
+
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "minItems": 1, "maxItems": self.most}
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if not 1 <= len(value) <= self.most:
+            raise wrong(f"must hold {self}, got {len(value)}")
+        return tuple(value)
+
+    def __str__(self) -> str:
+        return f"1 to {self.most} entries" if self.most > 1 else "1 entry"
+
+
 def wrong(sentence: str) -> PydanticCustomError:
     """The error of a validator that knows the whole sentence itself."""
     return PydanticCustomError("sentence", "{sentence}", {"sentence": sentence})
@@ -134,9 +162,9 @@ def _size(text: str) -> str:
 def _strengths(value: object) -> object:
     """Bring "1;0 0;1", [1, "1;0"] and the like to one form: a tuple of texts, one a LoRA."""
     if isinstance(value, str):
-        return tuple(value.split())
+        value = value.split()
     if isinstance(value, list | tuple):
-        return tuple(repr(one) if _is_small_number(one) else one for one in value)
+        return tuple(repr(one) if _is_small_number(one) else one for one in ENTRIES.check(value))
     raise wrong(f'must be a string such as "1;0 0;1 1.2;0 0;1" or a list of such, got {shown(value)}')
 
 
@@ -155,18 +183,12 @@ def _strength(text: str) -> str:
     return text
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _drawn(seed: int) -> int | None:
     return None if seed == -1 else seed
 
 
 VIDEO_SIDES = Grid(32, 1280, 16)
-
-Listed = BeforeValidator(_tuple)
-"""Before a tuple type: a JSON list becomes a tuple, so that a frozen request is frozen all through."""
+ENTRIES = Entries(16)
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_plain)]
 Word = Annotated[str, Field(max_length=64), AfterValidator(_plain)]
@@ -188,7 +210,6 @@ Resolution = Annotated[str, AfterValidator(_size)]
 Strength = Annotated[str, AfterValidator(_strength)]
 Strengths = Annotated[
     tuple[Strength, ...],
-    Field(min_length=1, max_length=16),
     BeforeValidator(_strengths),
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number"]}}]}

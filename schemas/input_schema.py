@@ -31,7 +31,7 @@ MODE_ALIASES: Mapping[str, str] = MappingProxyType({"video_generation": "video",
 
 DEFAULT_MODE = "image"
 
-MAX_PROBLEMS = 50  # described one by one; the rest is counted
+MAX_STRANGE = 20  # unknown fields that are named one by one; the rest is counted
 
 KNOWN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
@@ -88,32 +88,35 @@ def _known(payload: dict[Any, Any], mode: str) -> tuple[dict[str, Any], list[Pro
     """The mode's own fields that are not null, and a problem for every other one."""
     names = INPUT_SCHEMA[mode].names()
     strange = [key for key in payload if not isinstance(key, str) or key not in names]
-    problems = [_strange(key, mode) for key in strange[:MAX_PROBLEMS]]
-    if len(strange) > MAX_PROBLEMS:
-        problems.append(Problem("", f"{len(strange) - MAX_PROBLEMS} more fields are unknown"))
+    advice = [_advice(key, mode) for key in strange[:MAX_STRANGE]]
+    problems = [
+        Problem(printable(key), f"is not a field of mode {mode}{meant and '; ' + meant}")
+        if isinstance(key, str)
+        else Problem("", f"the name of a field must be a string, got {shown(key)}")
+        for key, meant in zip(strange, advice, strict=False)
+    ]
+    if len(strange) > MAX_STRANGE:
+        problems.append(Problem("", f"{len(strange) - MAX_STRANGE} more fields are unknown"))
+    if "" in advice:
+        problems.append(Problem("", f"the fields of mode {mode} are {', '.join(names)}"))
     values = {key: payload[key] for key in names if key != "mode" and payload.get(key) is not None}
     return values, problems
 
 
-def _strange(key: object, mode: str) -> Problem:
+def _advice(key: object, mode: str) -> str:
+    """What the caller probably meant by a field that the mode does not have; '' if that is open."""
     if not isinstance(key, str):
-        return Problem("", f"the name of a field must be a string, got {shown(key)}")
+        return ""
     own = INPUT_SCHEMA[mode].names()
     meant = KNOWN_ELSEWHERE.get(key, "")
-    others = [other for other in INPUT_SCHEMA if key in INPUT_SCHEMA[other].names()]
-    others_meant = [other for other in INPUT_SCHEMA if meant in INPUT_SCHEMA[other].names()]
-    near = nearest(key, own)
     if meant in own:
-        advice = f"did you mean {meant}?"
-    elif others:
-        advice = f"{either(others, 'and')} {'has' if len(others) == 1 else 'have'} it"
-    elif others_meant:
-        advice = f"{either(others_meant, 'and')} {'has' if len(others_meant) == 1 else 'have'} it as {meant}"
-    elif near:
-        advice = f"did you mean {near}?"
-    else:
-        advice = f"the fields are {', '.join(own)}"
-    return Problem(printable(key), f"is not a field of mode {mode}; {advice}")
+        return f"did you mean {meant}?"
+    for name, words in ((key, "it"), (meant, f"it as {meant}")):
+        modes = [other for other in INPUT_SCHEMA if name in INPUT_SCHEMA[other].names()]
+        if modes:
+            return f"{either(modes, 'and')} {'has' if len(modes) == 1 else 'have'} {words}"
+    near = nearest(key, own)
+    return f"did you mean {near}?" if near else ""
 
 
 def _validated(model: type[Request], values: dict[str, Any]) -> tuple[Request | None, list[Problem]]:

@@ -122,7 +122,7 @@ def success(
     """
     first = made.files[0]
     ran = as_run(task.request, task.profile, first.height, first.width)
-    facts = {
+    facts: dict[str, Any] = {
         "mode": ran.mode,
         "profile": task.profile.name,
         "seed": task.seed,
@@ -139,15 +139,9 @@ def success(
     if isinstance(ran, ImageRequest):
         response: Response = ImageResponse(**facts, image_url=urls[0], images=urls)
     else:
-        response = VideoResponse(
-            **facts,
-            video_url=urls[0],
-            num_frames=first.frames,
-            frames_requested=_frames_requested(ran),
-            fps=first.fps,
-            duration_s=first.duration_s,
-            state=made.state,
-        )
+        facts |= {"num_frames": first.frames, "frames_requested": _frames_requested(ran)}
+        facts |= {"fps": first.fps, "duration_s": first.duration_s, "state": made.state}
+        response = VideoResponse(**facts, video_url=urls[0])
     answer = response.model_dump(exclude_none=True)
     json.dumps(answer, allow_nan=False).encode()
     return answer

@@ -78,7 +78,5 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "string_too_short": _must("not be empty"),
     "string_pattern_mismatch": _must("be base64"),
     "string_unicode": _must("be text without half surrogate pairs"),
-    "too_long": _must("hold at most {max_length}"),
-    "too_short": _must("hold at least {min_length}"),
 }
 """pydantic's error types that this contract can meet."""

@@ -9,10 +9,10 @@ from schemas import svi_rules
 from schemas.errors import Problem
 from schemas.fields import (
     ChainFrames,
+    Entries,
     Fps,
     Guidance,
     Latent,
-    Listed,
     Media,
     Overlap,
     Private,
@@ -39,12 +39,12 @@ def _one_or_several(value: object) -> str:
     return "several" if isinstance(value, list | tuple) else "one"
 
 
-Several = Annotated[tuple[Source, ...], Field(min_length=1, max_length=9), Listed]
+Several = Annotated[tuple[Source, ...], Entries(9)]
 StartPictures = Annotated[
     Annotated[Source, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_one_or_several)
 ]
-Prompts = Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_CLIPS), Listed]
-Anchor = Annotated[tuple[Source, ...], Field(min_length=1, max_length=1), Listed]
+Prompts = Annotated[tuple[Text, ...], Entries(MAX_CLIPS)]
+Anchor = Annotated[tuple[Source, ...], Entries(1)]
 
 
 class SviEndframeRequest(Request):

@@ -4,55 +4,17 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.apps.conftest import FAKE_WORKER, Running
 from tests.servers.runpod_server import Fault, RunPodServer
-from tests.servers.worker_process import ROOT, WorkerProcess, start_worker
-
-FAKE_WORKER = ROOT / "tests" / "apps" / "fake_worker.py"
-
-
-@dataclass
-class Running:
-    server: RunPodServer
-    worker: WorkerProcess
-    jobs_path: Path
-
-    def ran(self, job_id: str) -> list[tuple[str, float]]:
-        """What the job itself wrote down: ("start" | "end", time), as often as it ran."""
-        lines = [line.split() for line in self.jobs_path.read_text().splitlines()]
-        return [(what, float(at)) for at, what, name in lines if name == job_id]
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One worker for all tests that leave it well. It logs as in an endpoint."""
-    folder = tmp_path_factory.mktemp("worker")
-    jobs_path = folder / "jobs"
-    environment = {
-        "FAKE_JOB_LOG": str(jobs_path),
-        "RUNPOD_ENDPOINT_ID": "endpoint0",
-        "RUNPOD_LOG_LEVEL": "DEBUG",
-    }
-    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder, environment) as worker:
-        yield Running(server, worker, jobs_path)
-
-
-ids = map("job{}".format, itertools.count())
-
-
-def answer(running: Running, **asked: object) -> dict[str, object]:
-    job_id = next(ids)
-    running.server.queue(job_id, asked)
-    return running.server.result(job_id)
+from tests.servers.worker_process import start_worker
 
 
 def test_a_job_is_answered_with_what_it_returned(running: Running) -> None:
-    assert answer(running, echo="ünïcode ❤") == {
+    assert running.answer(echo="ünïcode ❤") == {
         "output": {"echo": "ünïcode ❤", "video_url": "file:///video.mp4"}
     }
 
@@ -61,7 +23,7 @@ def test_a_job_is_answered_with_what_it_returned(running: Running) -> None:
     "then", ["raise", "exit", "interrupt", "memory", "recurse", "bytes", "nan", "surrogate"]
 )
 def test_a_job_that_breaks_is_answered_internal_without_its_reason(running: Running, then: str) -> None:
-    result = answer(running, then=then, prompt="a canary in a prompt")
+    result = running.answer(then=then, prompt="a canary in a prompt")
     assert result["output"] == {"code": "internal", "retryable": False}
     assert str(result["error"]).startswith("internal: the worker ")
     assert "Traceback" not in json.dumps(result)
@@ -71,27 +33,27 @@ def test_a_job_that_breaks_is_answered_internal_without_its_reason(running: Runn
 
 @pytest.mark.parametrize("then", ["none", "empty"])
 def test_a_job_without_a_result_fails(running: Running, then: str) -> None:
-    assert answer(running, then=then)["error"] == "internal: the worker made no result"
+    assert running.answer(then=then)["error"] == "internal: the worker made no result"
 
 
 def test_an_invalid_input_lists_its_problems_as_a_string_and_as_a_list(running: Running) -> None:
-    result = answer(running, then="invalid")
+    result = running.answer(then="invalid")
     assert result["error"] == "invalid_input: prompt: is missing; seed: must be an integer ?"
     assert result["output"]["problems"][0] == {"field": "prompt", "message": "is missing"}
 
 
 def test_a_response_over_the_limit_names_the_way_out(running: Running) -> None:
-    result = answer(running, then="big", size=9_500_000)
+    result = running.answer(then="big", size=9_500_000)
     assert result["output"]["code"] == "output_too_large"
     assert "BUCKET_ENDPOINT_URL" in result["error"]
 
 
 def test_a_response_just_below_the_limit_arrives(running: Running) -> None:
-    assert len(answer(running, then="big", size=9_400_000)["output"]["video"]) == 9_400_000
+    assert len(running.answer(then="big", size=9_400_000)["output"]["video"]) == 9_400_000
 
 
 def test_progress_is_ordered_and_ends_before_the_result(running: Running) -> None:
-    job_ids = [next(ids) for _ in range(10)]
+    job_ids = [running.new_id() for _ in range(10)]
     for job_id in job_ids:
         running.server.queue(job_id, {"steps": 20, "step_s": 0.02})
     for job_id in job_ids:
@@ -107,7 +69,7 @@ def test_progress_is_ordered_and_ends_before_the_result(running: Running) -> Non
 
 
 def test_progress_that_fails_stops_after_three_and_costs_the_job_nothing(running: Running) -> None:
-    job_id = next(ids)
+    job_id = running.new_id()
     running.server.progress_faults = deque(
         [Fault(503), Fault(0), Fault(200, delay_s=3.0), Fault(503), Fault(503)]
     )
@@ -124,26 +86,26 @@ def test_progress_that_fails_stops_after_three_and_costs_the_job_nothing(running
 
 def test_a_result_is_posted_again_until_it_is_taken(running: Running) -> None:
     running.server.result_faults = deque([Fault(503)] * 7 + [Fault(0), Fault(429)])
-    assert answer(running, echo=9)["output"]["echo"] == 9
+    assert running.answer(echo=9)["output"]["echo"] == 9
 
 
 def test_a_result_that_hangs_is_posted_again(running: Running) -> None:
     running.server.result_faults = deque([Fault(0, delay_s=3.0)])
-    assert answer(running, echo=1)["output"]["echo"] == 1
+    assert running.answer(echo=1)["output"]["echo"] == 1
 
 
 def test_a_result_that_is_refused_is_not_posted_again_and_the_next_job_runs(running: Running) -> None:
-    job_id = next(ids)
+    job_id = running.new_id()
     running.server.result_faults = deque([Fault(400)])
     running.server.queue(job_id, {})
     running.server.wait_for("refused", job_id)
-    assert "error" not in answer(running)
+    assert "error" not in running.answer()
     assert running.server.of("result", job_id) == []
 
 
 def cancel_at_a_step(running: Running, after_s: float) -> None:
-    """Stop a job of 4 s, with another waiting, and see that the card is free within a step and never shared."""
-    stopped, following = next(ids), next(ids)
+    """Stop a job of 4 s, with another waiting: the card is free within a step, and never shared."""
+    stopped, following = running.new_id(), running.new_id()
     running.server.queue(stopped, {"steps": 80, "step_s": 0.05})
     running.server.wait_for("hand_out", stopped)
     time.sleep(after_s)
@@ -164,16 +126,16 @@ def test_a_stopped_job_ends_within_a_step_and_is_not_answered(running: Running) 
 
 
 def test_a_stop_for_a_finished_job_changes_nothing(running: Running) -> None:
-    job_id = next(ids)
+    job_id = running.new_id()
     running.server.queue(job_id, {})
     running.server.result(job_id)
     running.server.stop(job_id)
     running.server.wait_for("stop", job_id)
-    assert "error" not in answer(running)
+    assert "error" not in running.answer()
 
 
 def test_a_job_delivered_twice_runs_once(running: Running) -> None:
-    job_id = next(ids)
+    job_id = running.new_id()
     running.server.queue(job_id, {"echo": 1, "steps": 3, "step_s": 0.05})
     running.server.queue(job_id, {"echo": 1, "steps": 3, "step_s": 0.05})
     running.server.wait_for("result", job_id, count=2)
@@ -183,7 +145,7 @@ def test_a_job_delivered_twice_runs_once(running: Running) -> None:
 
 
 def test_a_known_id_with_another_input_runs(running: Running) -> None:
-    job_id = next(ids)
+    job_id = running.new_id()
     running.server.queue(job_id, {"echo": 1})
     running.server.queue(job_id, {"echo": 2})
     assert running.server.wait_for("result", job_id, count=2).body["output"]["echo"] == 2
@@ -202,23 +164,24 @@ SECRETS = {
 }
 
 
-def jobs_with_canaries(server: RunPodServer) -> None:
-    """Send jobs that succeed, fail and are stopped, with marks in every place where a secret or a prompt may be."""
+def run_jobs_with_canaries(running: Running) -> None:
+    """Run jobs that succeed, fail and are stopped, with a mark in each place where a secret may be."""
+    server = running.server
     for then in ("answer", "raise", "invalid", "nan", "big"):
-        job_id = next(ids)
+        job_id = running.new_id()
         server.queue(job_id, CANARIES | {"then": then, "size": 9_500_000}, s3Config=SECRETS)
         server.result(job_id)
-    stopped = next(ids)
+    stopped = running.new_id()
     server.queue(stopped, CANARIES | {"steps": 100, "step_s": 0.05}, s3Config=SECRETS)
     server.wait_for("progress", stopped)
     server.stop(stopped)
-    following = next(ids)
+    following = running.new_id()
     server.queue(following, CANARIES)
     server.result(following)
 
 
 def test_logs_hold_job_ids_and_sizes_and_no_canary(running: Running) -> None:
-    jobs_with_canaries(running.server)
+    run_jobs_with_canaries(running)
     text = running.worker.log()
     assert "canary" not in text.lower()
     assert "LOOPBACKLOOPBACK" not in text
@@ -234,13 +197,3 @@ def test_without_the_quiet_log_the_canaries_would_show(tmp_path: Path) -> None:
         server.queue("job0", CANARIES)
         server.result("job0")
         assert "canaryresult0000" in worker.log()
-
-
-def test_a_failing_check_ends_the_process_before_any_job(tmp_path: Path) -> None:
-    with RunPodServer() as server:
-        server.queue("job0", {})
-        with start_worker(server, [FAKE_WORKER], tmp_path, {"FAKE_CHECK": "fail"}) as worker:
-            assert worker.wait() == 1
-        assert server.of("take") == []
-        assert server.of("ping")[0].body["status"] == ["unhealthy"]
-    assert "check_weights" in worker.log()

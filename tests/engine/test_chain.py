@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from engine.chain import Wish, keep, motion_after, newest_frames, plan, returned_frames
-from engine.conditioning import Given, condition
+from engine.conditioning import LAYOUTS, Given, condition
 from engine.vae import encode_norm
 from schemas.errors import InvalidInput
-from tests.engine.tiny_wan import noise, pixels, tiny_vae
+from tests.engine.svi_parts import noise, pixels, tiny_vae
 
 
 def wish(frames, layout="svi_latent", **changes):
@@ -27,8 +27,8 @@ def refusal(*args, **changes):
         ("svi", "window", 21, 81, 81),
         ("svi_latent", "exact", 22, 82, 81),
         ("svi_latent", "window", 21, 78, 78),
-        ("svi_upstream", "exact", 22, 82, 81),
-        ("svi_upstream", "window", 21, 78, 78),
+        ("svi_upstream", "exact", 21, 81, 81),
+        ("svi_upstream", "window", 21, 81, 81),
         ("svi_pixel4", "exact", 21, 81, 81),
         ("svi_pixel4", "window", 21, 81, 80),
         ("flf", "exact", 21, 81, 81),
@@ -46,7 +46,8 @@ def test_row_09_frames_of_81_in_every_layout_and_policy(layout, policy, latent_f
 
 
 @pytest.mark.parametrize(
-    ("frames", "latent_frames", "exact", "window"), [(5, 3, 5, 2), (17, 6, 17, 14), (77, 21, 77, 74), (81, 22, 81, 78)]
+    ("frames", "latent_frames", "exact", "window"),
+    [(5, 3, 5, 2), (17, 6, 17, 14), (77, 21, 77, 74), (81, 22, 81, 78)],
 )
 def test_row_09_exact_returns_all_frames_and_window_three_fewer(frames, latent_frames, exact, window):
     (clip,) = plan(wish(frames))
@@ -70,37 +71,6 @@ def test_window_of_pixel4_leaves_out_the_start_and_of_kijai_end_the_end():
     assert kijai.kept == tuple(range(17))
 
 
-def test_upstream_layout_without_lock_decodes_in_the_stream():
-    (clip,) = plan(wish(81, "svi_upstream", lock_end=False))
-
-    assert not clip.end_alone
-    assert not clip.lock_end
-    assert (clip.latent_frames, clip.decoded_frames, len(clip.kept)) == (21, 81, 81)
-
-
-@pytest.mark.parametrize(
-    ("layout", "locked"),
-    [("svi", False), ("svi_latent", True), ("svi_upstream", True), ("svi_pixel4", False), ("flf", False),
-     ("kijai_end", True)],
-)  # fmt: skip
-def test_lock_is_on_by_default_where_the_end_has_a_latent_of_its_own(layout, locked):
-    (clip,) = plan(wish(17, layout))
-
-    assert clip.lock_end is locked
-
-
-def test_latent_layout_without_lock_is_still_decoded_alone():
-    (clip,) = plan(wish(81, lock_end=False))
-
-    assert clip.end_alone
-    assert not clip.lock_end
-
-
-@pytest.mark.parametrize("layout", ["svi", "flf", "svi_pixel4"])
-def test_lock_is_refused_where_there_is_nothing_to_lock(layout):
-    assert refusal(17, layout, lock_end=True)[0][0] == "lock_end"
-
-
 @pytest.mark.parametrize(
     ("frames", "lengths"),
     [
@@ -119,7 +89,7 @@ def test_plan_divides_a_film_into_the_fewest_clips_of_about_equal_length(frames,
 
 
 @pytest.mark.parametrize("layout", ["svi", "svi_latent", "svi_upstream"])
-@pytest.mark.parametrize("overlap", [5, 9, 21])
+@pytest.mark.parametrize("overlap", [4, 8, 20])
 def test_exact_hits_every_legal_total(layout, overlap):
     for frames in range(5, 600, 4):
         clips = plan(wish(frames, layout, overlap=overlap))
@@ -153,10 +123,10 @@ def film(clips):
         counters = list(range(first, first + clip.decoded_frames))
         if clip.drop:
             counters = [-1, *counters[: clip.decoded_frames - 1]]
-        if clip.end_alone:
+        if LAYOUTS[clip.layout].end_alone:
             counters[-1] = 1000
         video = torch.tensor(counters, dtype=torch.float32).view(1, 1, -1, 1, 1)
-        alone = [1] if clip.end_alone else []
+        alone = [1] if LAYOUTS[clip.layout].end_alone else []
         sizes = [1] + [4] * ((clip.decoded_frames - 1 - len(alone)) // 4) + alone
         kept = torch.cat(list(keep(torch.split(video, sizes, dim=2), clip.kept)), dim=2).flatten().tolist()
         joined += [int(counter) for counter in kept]
@@ -191,7 +161,6 @@ def test_row_20_seeds_go_on_in_the_next_job():
 
 def test_row_21_only_the_last_clip_knows_the_end():
     assert [clip.layout for clip in plan(wish(309))] == ["svi", "svi", "svi", "svi_latent"]
-    assert [clip.lock_end for clip in plan(wish(309))] == [False, False, False, True]
 
 
 def test_prompts_go_to_their_clips_and_the_last_one_holds():
@@ -207,20 +176,36 @@ def test_film_that_goes_on_drops_the_shared_frames_of_its_first_clip():
 
 
 def test_longer_overlap_drops_more_at_each_seam():
-    clips = plan(wish(153, "svi", overlap=9))
+    clips = plan(wish(153, "svi", overlap=8))
 
     assert [len(clip.kept) for clip in clips] == [81, 72]
 
 
 @pytest.mark.parametrize("layout", ["flf", "svi_pixel4", "kijai_end"])
 def test_pixel_layouts_refuse_to_chain_and_name_those_that_do(layout):
-    expected = (
-        "layout",
-        f"{layout} has no place for the motion of a clip before, so it makes one clip of at most 81 frames; "
-        "for more: svi, svi_latent, svi_upstream",
-    )
-    assert refusal(85, layout) == [expected]
-    assert refusal(81, layout, continues=True) == [expected]
+    sentence = f"{layout} makes one clip of at most 81 frames; for more: svi, svi_latent, svi_upstream"
+
+    assert refusal(85, layout) == [("layout", sentence)]
+
+
+@pytest.mark.parametrize("layout", ["flf", "svi_pixel4", "kijai_end"])
+def test_pixel_layouts_go_on_from_start_frames_without_an_anchor_to_drop(layout):
+    (clip,) = plan(wish(81, layout, continues=True))
+
+    assert clip.drop == 4
+
+
+@pytest.mark.parametrize(("segments", "lengths"), [(2, [45, 41]), (3, [33, 29, 29])])
+def test_segments_divide_the_film_into_more_clips_than_it_needs(segments, lengths):
+    clips = plan(wish(81, segments=segments))
+
+    assert [clip.frames for clip in clips] == lengths
+    assert returned_frames(clips) == 81
+
+
+def test_segments_that_cannot_be_are_refused_with_those_that_can():
+    assert refusal(161, segments=2) == [("segments", "must be 3 to 39 for 161 frames, got 2")]
+    assert refusal(17, segments=4) == [("segments", "must be 1 to 3 for 17 frames, got 4")]
 
 
 def test_film_too_short_to_go_on_is_refused():
@@ -228,15 +213,9 @@ def test_film_too_short_to_go_on_is_refused():
     assert returned_frames(plan(wish(9, continues=True))) == 4
 
 
-@pytest.mark.parametrize("overlap", [0, 1, 4, 6])
+@pytest.mark.parametrize("overlap", [0, 1, 5, 6])
 def test_overlap_that_is_no_whole_number_of_latents_is_refused(overlap):
     assert refusal(161, overlap=overlap)[0][0] == "overlap"
-
-
-def test_plan_reports_all_problems_at_once():
-    assert [field for field, _ in refusal(80, "flf", overlap=4, continues=True, lock_end=True)] == [
-        "video_length", "overlap", "layout", "lock_end",
-    ]  # fmt: skip
 
 
 def test_motion_after_an_open_clip_is_its_last_latent():
@@ -244,7 +223,7 @@ def test_motion_after_an_open_clip_is_its_last_latent():
     latents = noise(5)
 
     assert torch.equal(motion_after(clip, latents), latents[:, :, 4:5])
-    assert torch.equal(motion_after(clip, latents, overlap=9), latents[:, :, 3:5])
+    assert torch.equal(motion_after(clip, latents, overlap=8), latents[:, :, 3:5])
 
 
 def test_motion_after_a_single_picture_end_is_the_latent_before_it():
@@ -287,9 +266,9 @@ def test_row_22_prefix_of_twelve_frames_gives_its_newest_nine():
 
 
 def test_row_22_longer_overlap_needs_a_longer_prefix():
-    assert newest_frames(pixels(20), overlap=9).shape[2] == 13
+    assert newest_frames(pixels(20), overlap=8).shape[2] == 13
     with pytest.raises(InvalidInput, match="at least 13"):
-        newest_frames(pixels(12), overlap=9)
+        newest_frames(pixels(12), overlap=8)
 
 
 def test_keep_passes_whole_chunks_on_untouched():

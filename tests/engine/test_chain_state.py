@@ -8,7 +8,7 @@ import torch
 from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
 from engine.geometry import LatentShape
 from schemas.errors import InvalidInput
-from tests.engine.tiny_wan import noise, pixels
+from tests.engine.svi_parts import noise, pixels
 
 STATE = ChainState(noise(1, height=4, width=6), seed=2**63 - 1, next_index=3, anchor_sha256=bytes(range(32)))
 HEAD = 4 + 2 * 5 + 4 + 8 + 32 + 4

@@ -8,7 +8,7 @@ from engine.chain import Wish, plan
 from engine.conditioning import LAYOUTS, Filling, Given, condition, known_mask
 from engine.vae import encode_norm
 from schemas.errors import InvalidInput
-from tests.engine.tiny_wan import noise, pixels, tiny_vae
+from tests.engine.svi_parts import noise, pixels, tiny_vae
 
 VAE = tiny_vae()
 ANCHOR, START, END = pixels(1, seed=1), pixels(1, seed=2), pixels(1, seed=3)

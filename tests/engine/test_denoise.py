@@ -9,7 +9,7 @@ from engine.denoise import PhaseRun, Prompts, denoise
 from engine.scheduler import ReferenceEuler
 from engine.vae import encode_norm
 from schemas.errors import Cancelled
-from tests.engine.tiny_wan import noise, picture, tiny_transformer, tiny_vae
+from tests.engine.svi_parts import noise, picture, tiny_transformer, tiny_vae
 
 CONDITION = torch.zeros(1, 20, 2, 2, 2)
 PROMPT = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(5))

@@ -6,7 +6,7 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 
 from engine.text import PromptEncoder, clean
-from tests.engine.tiny_wan import tiny_text_encoder, tiny_tokenizer
+from tests.engine.svi_parts import tiny_text_encoder, tiny_tokenizer
 
 FOX = "a red fox runs"
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.vae import decode_chunks, decode_end_single, denormalise, encode_norm, normalise
-from tests.engine.tiny_wan import noise, pixels, tiny_vae
+from tests.engine.svi_parts import noise, pixels, tiny_vae
 
 
 @pytest.fixture(scope="module")

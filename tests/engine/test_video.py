@@ -16,7 +16,8 @@ import av
 import numpy as np
 import pytest
 
-from engine.boxes import top_boxes
+import engine.video as video_module
+from engine.boxes import Box, check_streamable, top_boxes
 from engine.geometry import VideoShape
 from engine.outputs import Frames
 from engine.video import QUEUE_CHUNKS, probe, verify, write_mp4
@@ -217,10 +218,45 @@ def test_write_mp4_fails_cleanly_without_its_folder(tmp_path):
 
 def test_write_mp4_fails_cleanly_when_the_encoder_refuses_the_frames(tmp_path):
     """libx264 takes no more than 16384 pixels a side; the failure comes from inside the encoder's thread."""
-    shape = VideoShape(5, 16, 16400)
+    shape = VideoShape(17, 16, 16400)
+    closed = []
+
+    def decoder():
+        try:
+            yield from chunks(pictures(shape))
+        finally:
+            closed.append(True)
+
+    decoding = decoder()
     with pytest.raises(EncodingFailed, match="could not be encoded"):
-        write_mp4(frames_of(pictures(shape)), tmp_path / "video.mp4")
+        write_mp4(Frames(decoding, shape, 16), tmp_path / "video.mp4")
+    assert closed == [True]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        (lambda content: content[:-100], "is not what was written"),
+        (lambda content: patched(content, len(content) - 50, b"?"), "is not what was written"),
+        (lambda content: b"", "is not what was written"),
+    ],
+)
+def test_write_mp4_notices_a_disk_that_lies(tmp_path, monkeypatch, lie, words):
+    monkeypatch.setattr(video_module, "_write", lambda path, content: path.write_bytes(lie(content)))
+    with pytest.raises(EncodingFailed, match=words):
+        write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_mp4_verifies_what_the_encoder_made(tmp_path, monkeypatch):
+    """An encoder that writes a good file of other frames."""
+    darker, other = pictures() // 2, tmp_path / "other"
+    write_mp4(frames_of(darker), other)
+    monkeypatch.setattr(video_module._Mp4, "finish", lambda _self: other.read_bytes())
+    with pytest.raises(EncodingFailed, match="does not show the frames it was given"):
+        write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 @contextmanager
@@ -288,6 +324,44 @@ def test_video_module_imports_nothing_heavy():
     assert out.stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("kinds", "good"),
+    [
+        ("ftyp moov mdat", True),
+        ("ftyp free moov free free mdat free", True),
+        ("ftyp mdat moov", False),
+        ("free ftyp moov mdat", False),
+        ("moov ftyp mdat", False),
+        ("moov mdat", False),
+        ("ftyp moov", False),
+        ("ftyp mdat", False),
+        ("ftyp moov mdat mdat", False),
+        ("ftyp moov mdat moov", False),
+        ("", False),
+    ],
+)
+def test_check_streamable_wants_the_index_before_the_frames(kinds, good):
+    boxes = [Box(kind, 0, 8) for kind in kinds.split()]
+    if good:
+        check_streamable(boxes)
+    else:
+        with pytest.raises(ValueError, match="not ftyp, moov, mdat"):
+            check_streamable(boxes)
+
+
+def test_top_boxes_reads_a_64_bit_size(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(
+        (1).to_bytes(4, "big")
+        + b"mdat"
+        + (20).to_bytes(8, "big")
+        + bytes(4)
+        + (8).to_bytes(4, "big")
+        + b"free"
+    )
+    assert top_boxes(path) == [("mdat", 0, 20), ("free", 20, 8)]
+
+
 # ---- the verifier, on files that are wrong in one way each
 
 
@@ -318,6 +392,7 @@ def encoded(path: Path, video: np.ndarray, **choices) -> Path:
                 )
                 frame.pts = choices.get("times", lambda i: i * 10)(i)
                 frame.time_base = context.time_base
+                frame.duration = choices.get("last", 10) if i == len(video) - 1 else 10
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     return path
@@ -353,6 +428,7 @@ def cut_files(whole: bytes) -> dict[str, bytes]:
 def patched_files(whole: bytes) -> dict[str, bytes]:
     mdat = box(whole, b"mdat")
     frames_at = [mdat + (len(whole) - mdat) * i // 8 for i in range(8)]
+    flips = [len(whole) - back for back in (301, 402, 503, 604, 705, 806)]  # noticed by the decoder alone
     boxes = {
         name: box(whole, name.encode())
         for name in ("moov", "stts", "stsz", "stco", "avcC", "mdhd", "tkhd", "ftyp")
@@ -384,6 +460,9 @@ def patched_files(whole: bytes) -> dict[str, bytes]:
             (int.from_bytes(whole[boxes["stsz"] + 8 :][:4], "big") - 1).to_bytes(4, "big"),
         ),
         "first time of zero": patched(whole, boxes["stts"] + 12, bytes(4)),
+        **{
+            f"bit {at % 8} of byte {at}": patched(whole, at, bytes([whole[at] ^ 1 << at % 8])) for at in flips
+        },
         "parameters gone": patched(whole, boxes["avcC"], bytes(24)),
     }
 
@@ -397,6 +476,7 @@ def foreign_files(folder: Path, video: np.ndarray) -> dict[str, bytes]:
         "32 fps": {"fps": 32},
         "a frame held twice as long": {"times": lambda i: i * 10 + 10 * (i > 8)},
         "a frame a tenth late": {"times": lambda i: i * 10 + (i == 8)},
+        "the last frame held for a second": {"last": 160},
         "yuv444p": {"pix_fmt": "yuv444p"},
         "yuvj420p": {"pix_fmt": "yuvj420p", "color_range": 2},
         "BT.601": {"colorspace": 6},
@@ -459,6 +539,7 @@ def test_verify_accepts_no_damaged_or_foreign_file(tmp_path):
         ),
         ({"fps": 15}, pictures(), "frame rate is 15, not 16"),
         ({"times": lambda i: i * 10 + (i == 8)}, pictures(), "frame 8 is not at its time"),
+        ({"last": 160}, pictures(), "it lasts 2.000 s"),
         ({"pix_fmt": "yuv444p"}, pictures(), "pixel format is yuv444p, not yuv420p"),
         ({"colorspace": 6}, pictures(), r"colour is \(1, 1, 1, 6\), not \(1, 1, 1, 1\)"),
         ({"codec": "mpeg4"}, pictures(), "codec is mpeg4, not h264"),

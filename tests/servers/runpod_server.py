@@ -31,7 +31,7 @@ class Event:
 
 @dataclass
 class Fault:
-    """What a post meets instead of being taken: HTTP `status`, or 0 to cut the connection, after `delay_s`."""
+    """What a post meets instead of being taken: after `delay_s` HTTP `status`, or 0: the line is cut."""
 
     status: int = 503
     delay_s: float = 0.0
@@ -66,7 +66,7 @@ class RunPodServer:
         self._http.server_close()
 
     def environment(self, ping_interval_ms: int = 1000) -> dict[str, str]:
-        """The variables by which a worker finds its platform; the SDK's checks of card and network are off."""
+        """The variables by which a worker finds its platform. The SDK's checks of the machine are off."""
         base = f"http://127.0.0.1:{self._port}/v2/endpoint"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",

@@ -1,7 +1,7 @@
 """A real S3 server: OpenStack Swift with its s3api, all four of its services in one child process.
 
-It checks signatures, expiry, digests, conditions and clock skew as AWS does, which in-memory imitations do not.
-The object service is Swift's in-memory one, so that a file system without extended attributes will do.
+It checks signatures, expiry, digests, conditions and clock skew as AWS does, which in-memory imitations do
+not. The object service is Swift's in-memory one, so that a file system without extended attributes will do.
 """
 
 import json
@@ -19,27 +19,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ACCESS_KEY = "test:tester"  # tempauth: account and user
 SECRET_KEY = "testing"
 
-PIPELINE = "catch_errors gatekeeper listing_formats s3api tempauth bulk slo dlo symlink versioned_writes proxy-server"
+FILTERS = (
+    "catch_errors", "gatekeeper", "listing_formats", "s3api", "tempauth", "bulk", "slo", "dlo", "symlink",
+    "versioned_writes",
+)  # fmt: skip
+OPTIONS = {
+    "s3api": "location = us-east-1\nallow_no_owner = true",
+    "tempauth": f"user_test_tester = {SECRET_KEY} .admin",
+}
 PROXY = f"""
 [DEFAULT]
 swift_dir = {{folder}}
 [pipeline:main]
-pipeline = {PIPELINE}
+pipeline = {" ".join(FILTERS)} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
-[filter:s3api]
-use = egg:swift#s3api
-location = us-east-1
-allow_no_owner = true
-[filter:tempauth]
-use = egg:swift#tempauth
-user_test_tester = {SECRET_KEY} .admin
-""" + "".join(
-    f"[filter:{name}]\nuse = egg:swift#{name}\n"
-    for name in PIPELINE.split()
-    if name not in ("s3api", "tempauth", "proxy-server")
-)
+""" + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n{OPTIONS.get(name, '')}\n" for name in FILTERS)
 BACKEND = """
 [DEFAULT]
 swift_dir = {folder}
@@ -112,7 +108,8 @@ def serve(folder: Path, clock_offset_s: float) -> None:
         app = loadapp(config, global_conf={"log_name": name, "log_level": "WARNING"})
         options = {"protocol": SwiftHttpProtocol, "capitalize_response_headers": False, "max_size": 512}
         eventlet.spawn(eventlet.wsgi.server, listener, app, utils.NullLogger(), **options)
-    print(json.dumps({"port": sockets["proxy"].getsockname()[1]}), flush=True)
+    sys.stdout.write(json.dumps({"port": sockets["proxy"].getsockname()[1]}) + "\n")
+    sys.stdout.flush()
     while True:
         eventlet.sleep(3600)
 

@@ -1,0 +1,49 @@
+"""What must hold before a worker takes its first job. Each check raises with one sentence, or says nothing."""
+
+from collections.abc import Callable
+from functools import partial
+
+from engine import profiles, weights
+from engine.settings import Settings
+from engine.store_check import check_store
+from schemas.errors import CardUnfit, WeightsMissing
+
+MIN_CARD_GIB = 40.0  # a 48 GB card shows 44.5 to 47.5
+
+
+def checks(settings: Settings) -> list[Callable[[], None]]:
+    """The checks of this worker, in the order in which a person would fix what they find."""
+    return [partial(check, settings) for check in (check_weights, check_card, check_store)]
+
+
+def check_weights(settings: Settings) -> None:
+    """At least one profile is baked, and every baked one is whole by its file sizes.
+
+    Raises:
+        WeightsMissing: none is baked. WeightsCorrupt: one is incomplete.
+    """
+    found = 0
+    for name in profiles.BAKES:
+        try:
+            weights.locate(profiles.PROFILES[name], settings)
+        except WeightsMissing as error:
+            missing = error
+        else:
+            found += 1
+    if not found:
+        raise missing
+
+
+def check_card(settings: Settings) -> None:
+    """A card is there and has the memory that the profiles were planned for; WORKER_VRAM_GIB overrides the size.
+
+    Raises:
+        CardUnfit: no card, or too small a one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CardUnfit("no CUDA card is visible to this worker")
+    card_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if settings.vram_gib is None and card_gib < MIN_CARD_GIB:
+        raise CardUnfit(f"the card has {card_gib:.1f} GiB; {MIN_CARD_GIB:.0f} are needed, or set WORKER_VRAM_GIB")

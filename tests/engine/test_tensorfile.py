@@ -1,0 +1,132 @@
+"""Our safetensors files are the library's safetensors files, in our order."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.tensorfile import Spec, TensorFiles, TensorWriter, weight_files
+from schemas.errors import WeightsCorrupt
+
+SPECS = [
+    Spec("b", torch.bfloat16, (2, 3)),
+    Spec("a", torch.float32, (4,)),
+    Spec("c", torch.float16, ()),
+    Spec("d", torch.int8, (5,)),
+]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {spec.name: (8 * torch.randn(spec.shape, generator=generator)).to(spec.dtype) for spec in SPECS}
+
+
+def written(path: Path) -> dict[str, torch.Tensor]:
+    values = tensors()
+    with TensorWriter(path, SPECS) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+    return values
+
+
+def test_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
+    values = written(tmp_path / "x.safetensors")
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == values.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in values.items())
+
+
+def test_writer_keeps_the_order_and_begins_on_a_page(tmp_path: Path) -> None:
+    written(tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert (8 + length) % 4096 == 0
+    assert [(name, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"] == [
+        ("b", [0, 12]), ("a", [12, 28]), ("c", [28, 30]), ("d", [30, 35]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("a", torch.zeros(2, 3, dtype=torch.bfloat16)),
+        ("b", torch.zeros(2, 3)),
+        ("b", torch.zeros(3, 2, dtype=torch.bfloat16)),
+    ],
+)
+def test_writer_refuses_another_tensor_than_the_next(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    writer = TensorWriter(tmp_path / "x.safetensors", SPECS)
+    with pytest.raises(ValueError, match="is not the next tensor"):
+        writer.write(name, tensor)
+
+
+def test_writer_refuses_to_end_early(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 tensors were not written"), TensorWriter(tmp_path / "x", SPECS) as writer:
+        writer.write("b", tensors()["b"])
+
+
+def test_writer_writes_a_transposed_tensor_in_its_own_order(tmp_path: Path) -> None:
+    value = torch.arange(6.0).reshape(2, 3).T
+    with TensorWriter(tmp_path / "x.safetensors", [Spec("a", torch.float32, (3, 2))]) as writer:
+        writer.write("a", value)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], value)
+
+
+def test_files_reads_one_file(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3)}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    assert (files.names(), files.shape("a"), files.tensor("a").tolist()) == (["a"], (3,), [0, 1, 2])
+
+
+def test_files_reads_shards_by_their_index(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file({"a": torch.tensor(1)}, tmp_path / names[0])
+    save_file({"b": torch.tensor(2)}, tmp_path / names[1])
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = TensorFiles(tmp_path)
+    assert [files.tensor("b").item(), files.tensor("a").item(), files.tensor("b").item()] == [2, 1, 2]
+
+
+def test_files_refuses_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(WeightsCorrupt, match="no safetensors files"):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_files_refuses_what_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(WeightsCorrupt, match=r"model\.safetensors is not a readable"):
+        TensorFiles(tmp_path)
+
+
+def test_files_refuses_a_file_that_is_cut_short(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(WeightsCorrupt):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "expected"),
+    [
+        (["model.safetensors", "config.json"], None, ["model.safetensors"]),
+        (["model.fp16.safetensors", "model.safetensors"], "fp16", ["model.fp16.safetensors"]),
+        (["model.fp16.safetensors"], None, []),
+        (["diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors"], None, ["diffusion_pytorch_model.safetensors"]),
+        (
+            ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+            None,
+            ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (["pytorch_model.bin", "model.onnx"], None, []),
+    ],
+)
+def test_weight_files_takes_what_is_needed_and_no_more(
+    names: list[str], variant: str | None, expected: list[str]
+) -> None:
+    assert weight_files(names, variant) == expected
