@@ -35,22 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.verify:
             return verify(profiles, options.output)
         if options.lock:
-            return lock(profiles, options.lock_file)
+            return lock(profiles, HuggingFaceHub(endpoint=options.endpoint), options.lock_file)
         if options.tiny:
             return tiny(profiles, options.output)
-        return bake(profiles, options.output, options.lock_file, options.require_lock)
+        pins = Lock.read(options.lock_file)
+        return bake(profiles, HuggingFaceHub(pins, options.endpoint, options.require_lock), options.output)
     except (BakeFailed, WorkerError) as error:
         print(f"download_weights: {error}", file=sys.stderr)
         return 1
 
 
-def bake(profiles: Sequence[Profile], output: Path, lock_file: Path, require_lock: bool) -> int:
+def bake(profiles: Sequence[Profile], hub: HuggingFaceHub, output: Path) -> int:
     """Fetch from the hub and bake; refuses before the first byte when the budget is passed."""
     from engine.bake import bake as bake_profile
 
     if dry_run(profiles):
         return 1
-    hub = HuggingFaceHub(Lock.read(lock_file), require_lock=require_lock)
     for profile in profiles:
         print(bake_profile(profile, hub, output))
     return 0
@@ -78,11 +78,11 @@ def verify(profiles: Sequence[Profile], output: Path) -> int:
     return 0
 
 
-def lock(profiles: Sequence[Profile], lock_file: Path) -> int:
-    """Ask the hub for commits and hashes and write them down. Online; commit the file it writes."""
+def lock(profiles: Sequence[Profile], hub: HuggingFaceHub, lock_file: Path) -> int:
+    """Ask the hub for commits and hashes and write them down. Online; commit the file that it writes."""
     from engine.bake import needed_folders
 
-    look_up(HuggingFaceHub(), needed_folders(profiles)).write(lock_file)
+    look_up(hub, needed_folders(profiles)).write(lock_file)
     print(lock_file)
     return 0
 
@@ -103,32 +103,22 @@ def _profiles(text: str) -> list[Profile]:
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in BAKES]
     if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no such profile: {', '.join(unknown)}; there are {', '.join(BAKES)}"
-        )
+        raise argparse.ArgumentTypeError(f"no such profile: {', '.join(unknown)}; there are {', '.join(BAKES)}")
     return [PROFILES[name] for name in names]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--profiles", type=_profiles, default=_profiles(",".join(BAKES)), help=f"of {', '.join(BAKES)}"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=IMAGE.path, help="the weights folder (default weights/baked)"
-    )
-    parser.add_argument("--lock-file", type=Path, default=LOCK, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--require-lock", action="store_true", help="refuse repositories that the lock does not name"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--profiles", type=_profiles, default=",".join(BAKES), help="names with commas between; default: all")
+    add("--output", type=Path, default=IMAGE.path, help="the weights folder; default: weights/baked")
+    add("--lock-file", type=Path, default=LOCK, help="default: builder/weights.lock.json")
+    add("--require-lock", action="store_true", help="refuse repositories that the lock file does not name")
+    add("--endpoint", help="another hub with Hugging Face's API; default: HF_ENDPOINT or huggingface.co")
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--tiny", action="store_true", help="bake tiny twins, offline")
-    doing.add_argument("--verify", action="store_true", help="read every file again and compare its sha256")
-    doing.add_argument(
-        "--lock", action="store_true", help="look up commits and hashes online and write the lock"
-    )
+    doing.add_argument("--verify", action="store_true", help="read every file and compare its sha256")
+    doing.add_argument("--lock", action="store_true", help="look up commits and hashes online, write the lock")
     doing.add_argument("--dry-run", action="store_true", help="only print the bytes; exit 1 over the budget")
     return parser
 

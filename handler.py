@@ -1,8 +1,8 @@
 """The worker's entry on RunPod, and the story of one request.
 
-    python handler.py                         take jobs (on RunPod)
-    python handler.py --test_input [JSON]     run one job here: test_input.json beside this file, a file, or JSON
-    python handler.py --rp_serve_api          serve RunPod's HTTP API on this machine
+python handler.py                         take jobs (on RunPod)
+python handler.py --test_input [JSON]     run one job here: test_input.json beside this file, a file, or JSON
+python handler.py --rp_serve_api          serve RunPod's HTTP API on this machine
 """
 
 import sys
@@ -31,7 +31,12 @@ class Worker:
 
 
 def run(
-    payload: object, *, job_id: str, worker: Worker, progress: Progress, s3_config: dict[str, Any] | None = None
+    payload: object,
+    *,
+    job_id: str,
+    worker: Worker,
+    progress: Progress,
+    s3_config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Take one request from JSON to a verified, delivered file, and answer with what was measured.
 

@@ -91,7 +91,7 @@ class Jobs:
             if reporter:
                 reporter.offer(update)
 
-        progress = Progress(send, cancelled=cancelled, deadline_s=_deadline_s(job, self._settings))
+        progress = Progress(send, cancelled=cancelled, deadline_s=deadline_s(job, self._settings))
         work = asyncio.get_running_loop().run_in_executor(self._card, self._work, job, progress)
         try:
             answer = await self._wait(work, pulse, cancelled)
@@ -145,7 +145,7 @@ class Jobs:
         deadline.start()
 
 
-def _deadline_s(job: dict[str, Any], settings: Settings) -> float | None:
+def deadline_s(job: dict[str, Any], settings: Settings) -> float | None:
     """Return the sooner of the operator's limit and the request's `policy.executionTimeout` (in ms)."""
     policy = job.get("policy")
     timeout_ms = policy.get("executionTimeout") if isinstance(policy, dict) else None

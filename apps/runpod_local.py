@@ -60,6 +60,4 @@ def _read_file(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise NotAJob(
-            f"--test_input is neither JSON nor a file that can be read: {name[:200]!r} ({reason})"
-        ) from None
+        raise NotAJob(f"--test_input is neither JSON nor a file that can be read: {name[:200]!r} ({reason})") from None

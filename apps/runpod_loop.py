@@ -35,8 +35,18 @@ def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) 
 
     install(jobs, limits)
     for check in checks:
-        runpod.serverless.register_fitness_check(check)
+        runpod.serverless.register_fitness_check(named(check))
     runpod.serverless.start({"handler": jobs.answer})
+
+
+def named(check: Callable[[], None]) -> Callable[[], None]:
+    """Return the check with the `__name__` that the SDK logs and reports, and that a `partial` lacks."""
+
+    def fitness_check() -> None:
+        check()
+
+    fitness_check.__name__ = getattr(getattr(check, "func", check), "__name__", "check")
+    return fitness_check
 
 
 def install(jobs: Jobs, limits: Limits) -> None:
@@ -114,21 +124,22 @@ class Drain:
             request.cancel()
             leaving.cancel()
 
-    def on_signal(self, number: int, _frame: object) -> None:
-        log.info("%s: no further jobs; what was taken is answered", signal.Signals(number).name)
+    def on_signal(self, _number: int, _frame: object) -> None:
         if self._loop is None:
-            self._leaving.set()
-        else:  # a signal handler runs outside the loop, which may be asleep
-            self._loop.call_soon_threadsafe(self._leaving.set)
+            self._leave()
+        else:  # a signal interrupts the loop anywhere, and does not wake it
+            self._loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        log.info("told to leave: no further jobs; what was taken is answered")
+        self._leaving.set()
 
 
 def progress_post(session: Any) -> Callable[[str, dict[str, Any]], Any] | None:
     """Return what posts one update of a job over the loop's session, or None without an address for it."""
     from runpod.serverless.modules import rp_http
 
-    if (
-        rp_http.JOB_DONE_URL_TEMPLATE == "JOB_DONE_URL"
-    ):  # the SDK's placeholder for a variable that is not set
+    if rp_http.JOB_DONE_URL_TEMPLATE == "JOB_DONE_URL":  # the SDK's placeholder for a variable that is not set
         return None
 
     async def post(job_id: str, update: dict[str, Any]) -> None:
@@ -149,6 +160,7 @@ async def post_result(limits: Limits, session: Any, url: str, body: str) -> None
     """
     from aiohttp import ClientConnectionError, ClientError, ClientResponseError, ClientTimeout
 
+    job_id = session.headers.get("X-Request-ID", "")  # set by the SDK for each result
     timeout = ClientTimeout(total=limits.post_timeout_s)
     for wait_s in (*limits.post_waits_s, None):
         try:
@@ -164,7 +176,8 @@ async def post_result(limits: Limits, session: Any, url: str, body: str) -> None
         status = failure.status if isinstance(failure, ClientResponseError) else 503
         if wait_s is None or (status < 500 and status not in (408, 429)):
             raise failure
-        log.warning("the result could not be posted (%s); again in %.1f s", type(failure).__name__, wait_s)
+        with for_job(job_id):
+            log.warning("the result could not be posted (%s); again in %.1f s", type(failure).__name__, wait_s)
         await asyncio.sleep(wait_s)
 
 

@@ -57,9 +57,7 @@ def serve(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="handler.py", allow_abbrev=False, description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="handler.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(
         "--test_input",
@@ -69,8 +67,6 @@ def _parser() -> argparse.ArgumentParser:
         help="run one job; without a value, the test_input.json beside handler.py",
     )
     ways.add_argument("--rp_serve_api", action="store_true", help="serve RunPod's API for development")
-    parser.add_argument(
-        "--rp_api_host", default="localhost", help="where the API listens (default: %(default)s)"
-    )
+    parser.add_argument("--rp_api_host", default="localhost", help="where the API listens (default: %(default)s)")
     parser.add_argument("--rp_api_port", type=int, default=8000, help="its port (default: %(default)s)")
     return parser

@@ -98,8 +98,7 @@ def _ref(name: str) -> dict[str, str]:
 def _as_posted(mode: str, model: dict[str, Any]) -> dict[str, Any]:
     """What the parser accepts beyond the model itself: null for a default, aliases of mode and fields."""
     properties = {
-        name: _nullable(field, name in model.get("required", ()))
-        for name, field in model["properties"].items()
+        name: _nullable(field, name in model.get("required", ())) for name, field in model["properties"].items()
     }
     names = [mode, *(alias for alias, meant in MODE_ALIASES.items() if meant == mode)]
     properties["mode"] = {
@@ -160,9 +159,7 @@ def _table(model: dict[str, Any], *, has_defaults: bool = True) -> Iterator[str]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     for name, field in model["properties"].items():
-        kinds = [
-            kind for kind in field.get("anyOf") or field.get("oneOf") or [field] if kind != {"type": "null"}
-        ]
+        kinds = [kind for kind in field.get("anyOf") or field.get("oneOf") or [field] if kind != {"type": "null"}]
         cells = [f"`{name}`", _types(kinds)]
         if has_defaults:
             needed = name in model["required"]
@@ -212,9 +209,7 @@ def _error_table() -> Iterator[str]:
 
 
 def main(argv: list[str], docs: Path = ROOT / "docs") -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
     is_check = parser.parse_args(argv).check
     wanted = {"schema.json": json.dumps(schema(), indent=2) + "\n", "api.md": api()}
@@ -227,9 +222,7 @@ def main(argv: list[str], docs: Path = ROOT / "docs") -> int:
         if not is_check:
             path.write_text(text)
     if stale and is_check:
-        print(
-            f"not what the contract says: {', '.join(stale)}; run builder/generate_docs.py", file=sys.stderr
-        )
+        print(f"not what the contract says: {', '.join(stale)}; run builder/generate_docs.py", file=sys.stderr)
     return 1 if stale and is_check else 0
 
 

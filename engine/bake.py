@@ -125,9 +125,7 @@ def _fetch_lora(lora: Lora, hub: Hub, downloads: Path) -> LoraWeights:
     hub.fetch(lora.source, listing[lora.file], target)
     weights = load_lora(target)
     if lora.sha256 not in (None, weights.sha256):
-        raise BakeFailed(
-            f"{lora.file} is not the file that the profile names; its sha256 is {weights.sha256}"
-        )
+        raise BakeFailed(f"{lora.file} is not the file that the profile names; its sha256 is {weights.sha256}")
     check_expert(weights, lora.expert, {})
     return weights
 

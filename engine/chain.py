@@ -43,7 +43,7 @@ class Wish:
     overlap: int = OVERLAP
     """Frames that two clips share, 4 for each motion latent; the anchor's own frame comes on top."""
     continues: bool = False
-    """The first clip repeats something: motion latents, or start frames in the layouts that begin on those."""
+    """The first clip repeats something: motion latents, or start frames in layouts that begin on those."""
     first_index: int = 0
 
 

@@ -10,13 +10,13 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from engine.geometry import VAE_STRIDE_S, LatentShape
 from schemas.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:  # a request's state is looked at before torch is loaded
+    from torch import Tensor
 
 MAGIC = b"SVIS"
 VERSION = 1
@@ -28,7 +28,7 @@ _CRC = struct.Struct("<I")
 class ChainState:
     """The end of a chain."""
 
-    motion: Tensor
+    motion: "Tensor"
     """(1, z, m, h, w) normalised fp32 on the CPU: the last denoised latents."""
     seed: int
     """The chain's base seed: of clip 0."""
@@ -41,7 +41,7 @@ class ChainState:
         return LatentShape(*self.motion.shape[2:])
 
 
-def anchor_digest(anchor: Tensor) -> bytes:
+def anchor_digest(anchor: "Tensor") -> bytes:
     """Identify an anchor by its pixels (1, 3, 1, H, W), fp32."""
     return hashlib.sha256(anchor.cpu().contiguous().numpy().tobytes()).digest()
 
@@ -62,22 +62,26 @@ def unpack_state(text: str) -> ChainState:
     Raises:
         InvalidInput: no state, one of another version, or a damaged one.
     """
-    raw = _decode(text)
-    if len(raw) < _HEAD.size + _CRC.size or raw[: len(MAGIC)] != MAGIC:
-        raise _refuse("is no state that this worker returned")
-    head, latents = raw[: _HEAD.size], raw[_HEAD.size + _CRC.size :]
-    _, version, frames, channels, height, width, next_index, seed, digest = _HEAD.unpack(head)
-    if version != VERSION:
-        raise _refuse(f"is of version {version}; this worker reads version {VERSION}")
-    if _CRC.unpack_from(raw, _HEAD.size)[0] != zlib.crc32(head + latents):
-        raise _refuse("is damaged: its checksum does not match")
-    shape = (1, channels, frames, height, width)
-    if len(latents) != 4 * channels * frames * height * width or not latents:
-        raise _refuse("is damaged: its length does not match its size")
-    motion = torch.from_numpy(np.frombuffer(latents, "<f4").astype(np.float32)).view(shape)
+    import numpy as np
+    import torch
+
+    head, latents = _checked(text)
+    _, _, frames, channels, height, width, next_index, seed, digest = _HEAD.unpack(head)
+    motion = torch.from_numpy(np.frombuffer(latents, "<f4").astype(np.float32))
     if not torch.isfinite(motion).all():
         raise _refuse("holds values that are no numbers")
-    return ChainState(motion, seed, next_index, digest)
+    return ChainState(motion.view(1, channels, frames, height, width), seed, next_index, digest)
+
+
+def base_seed(text: str) -> int:
+    """The chain's base seed: what a job that goes on from this state uses where its request names no seed.
+
+    Raises:
+        InvalidInput: as `unpack_state`.
+    """
+    head, _ = _checked(text)
+    seed: int = _HEAD.unpack(head)[7]
+    return seed
 
 
 def check_fits(state: ChainState, shape: LatentShape, channels: int) -> None:
@@ -92,6 +96,22 @@ def check_fits(state: ChainState, shape: LatentShape, channels: int) -> None:
 
 def _size(shape: LatentShape) -> str:
     return f"{shape.frames} latents of {shape.width * VAE_STRIDE_S}x{shape.height * VAE_STRIDE_S}"
+
+
+def _checked(text: str) -> tuple[bytes, bytes]:
+    """The head and the latents of a state that is whole."""
+    raw = _decode(text)
+    if len(raw) < _HEAD.size + _CRC.size or raw[: len(MAGIC)] != MAGIC:
+        raise _refuse("is no state that this worker returned")
+    head, latents = raw[: _HEAD.size], raw[_HEAD.size + _CRC.size :]
+    _, version, frames, channels, height, width, *_ = _HEAD.unpack(head)
+    if version != VERSION:
+        raise _refuse(f"is of version {version}; this worker reads version {VERSION}")
+    if _CRC.unpack_from(raw, _HEAD.size)[0] != zlib.crc32(head + latents):
+        raise _refuse("is damaged: its checksum does not match")
+    if not latents or len(latents) != 4 * frames * channels * height * width:
+        raise _refuse("is damaged: its length does not match its size")
+    return head, latents
 
 
 def _decode(text: str) -> bytes:

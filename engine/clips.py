@@ -92,7 +92,7 @@ def clip_form(data: bytes) -> str | None:
 
 
 def _boxes_fit(data: bytes) -> bool:
-    """Whether the outermost boxes of an MP4 end with the file: a demuxer plays a cut one as far as it goes."""
+    """Whether the outermost boxes of an MP4 end with the file: demuxers play a cut one as far as it goes."""
     position = 0
     for _ in range(MAX_BOXES):
         if position == len(data):

@@ -22,9 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Every tensor that is stored, by the model's name, in the order of registration."""
 
 
-def convert(
-    component: Component, folder: Path, target: Path, loras: Sequence[tuple[LoraWeights, float]]
-) -> Path:
+def convert(component: Component, folder: Path, target: Path, loras: Sequence[tuple[LoraWeights, float]]) -> Path:
     """Write the component's tensors and configuration from `folder` into `target`; returns the tensor file.
 
     Each tensor is read, merged in fp32 with the `loras` at their strengths, cast once and written. Memory:

@@ -1,7 +1,6 @@
 """The two-phase sampling loop: one expert at a time, guidance per phase, latents in fp32 all through."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,11 +13,11 @@ OnStep = Callable[[int, Tensor], None]
 """(steps done, latents fp32). Progress, previews; raising ends the run between two steps."""
 
 
-class Experts(Protocol):
-    """Where the two transformers live. Only one is needed at a time."""
+class ExpertSource(Protocol):
+    """Where the two transformers come from: what this loop needs of engine.experts."""
 
-    def use(self, expert: Expert) -> AbstractContextManager[Any]:
-        """Hold `expert` ready on the card for the length of the block; the value is the model to call."""
+    def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Any:
+        """A context whose value is the model to call, `forwards` times; `then`: who comes after it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def denoise(
     prompts: Prompts,
     phases: tuple[PhaseRun, ...],
     scheduler: ReferenceEuler,
-    experts: Experts,
+    experts: ExpertSource,
     on_step: OnStep,
 ) -> Tensor:
     """Run every phase and return the denoised latents.
@@ -68,8 +67,12 @@ def denoise(
         raise ValueError("a guided phase needs the negative prompt's embedding")
     scheduler.set_timesteps(sum(phase.steps for phase in phases), noise.device)
     latents, done = noise, 0
-    for phase in phases:
-        with experts.use(phase.expert) as model:
+    followers = [
+        *phases[1:],
+        phases[0],
+    ]  # after the last step the next run's first expert may come in already
+    for phase, follower in zip(phases, followers, strict=True):
+        with experts.use(phase.expert, phase.forwards, follower.expert) as model:
             for _ in range(phase.steps):
                 timestep = scheduler.timesteps[done]
                 velocity = _velocity(model, cat([latents, condition], dim=1), timestep, prompts, phase)

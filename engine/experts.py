@@ -31,9 +31,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine.packing import BLOCKS, layout, point_at, tensor_of
+from engine.packing import BLOCKS, HostCopy, layout, point_at
 
 
 class Experts(Protocol):
@@ -82,11 +82,9 @@ class RollingExperts:
         if self._slots < self._blocks and len({p.fields for p in self._pieces[2:]}) > 1:
             raise ValueError("the blocks differ in their tensors; they cannot share slots")
         self.bytes_moved = 0
-        self.notes: list[str] = []
-        self._pinned: list[Tensor] = []
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         with torch.inference_mode(False):  # an inference tensor could not be copied into outside that mode
-            self._host = {name: self._pack(model) for name, model in experts.items()}
+            self._host = {name: HostCopy(model, self._pieces, device) for name, model in experts.items()}
             self._card = [
                 torch.empty(piece.size_bytes, dtype=torch.uint8, device=device)
                 for piece in self._pieces[: 2 + self._slots]
@@ -96,6 +94,11 @@ class RollingExperts:
                 point_at(self.model, piece, self._card[self._slot(i)])
         self._holds: list[tuple[str, int] | None] = [None] * len(self._card)
         self._arrival: list[torch.cuda.Event | None] = [None] * len(self._card)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the operator should know; the same for every expert, so said once."""
+        return next((host.notes for host in self._host.values() if host.notes), ())
 
     @contextmanager
     def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Iterator[nn.Module]:
@@ -155,40 +158,16 @@ class RollingExperts:
         """Give back card and host memory. The model is empty afterwards."""
         if self._stream is not None:
             torch.cuda.synchronize(self._stream.device)
-        for buffer in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
         self.model.to("meta")
-        self._pinned, self._card, self._host = [], [], {}
+        for host in self._host.values():
+            host.release()
+        self._card, self._host = [], {}
 
     def _slot(self, i: int) -> int:
         return i if i < 2 else 2 + (i - 2) % self._slots
 
     def _copy(self, expert: str, i: int) -> None:
-        self._card[self._slot(i)].copy_(self._host[expert][i], non_blocking=True)
-
-    def _pack(self, model: nn.Module) -> list[Tensor]:
-        """Move a model's tensors into flat host buffers, piece by piece, so that nothing is held twice."""
-        buffers = []
-        for piece in self._pieces:
-            buffer = torch.empty(piece.size_bytes, dtype=torch.uint8)
-            for field in piece.fields:
-                field.view(buffer).copy_(tensor_of(model, piece.prefix + field.name))
-            point_at(model, piece, buffer)
-            self._pin(buffer)
-            buffers.append(buffer)
-        return buffers
-
-    def _pin(self, buffer: Tensor) -> None:
-        # Registering memory we have: torch's own pinned allocator rounds each buffer up to a power of two.
-        if self._stream is None:
-            return
-        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        if int(code) == 0:
-            self._pinned.append(buffer)
-        elif not self.notes:
-            self.notes.append(
-                f"host memory could not be page-locked (CUDA error {int(code)}): swaps will be slow"
-            )
+        self._card[self._slot(i)].copy_(self._host[expert].buffers[i], non_blocking=True)
 
 
 class _Turn:

@@ -127,9 +127,7 @@ class HuggingFaceHub:
 
     def files(self, source: Source, folder: str) -> list[RemoteFile]:
         if source.repo in self.lock.listings:
-            found = [
-                file for file in self.lock.listings[source.repo] if file.path.rpartition("/")[0] == folder
-            ]
+            found = [file for file in self.lock.listings[source.repo] if file.path.rpartition("/")[0] == folder]
         else:
             with _explained(source.repo):
                 tree = self._api().list_repo_tree(source.repo, folder or None, revision=self.commit(source))
@@ -212,9 +210,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise BakeFailed(
-            f"{what} is gated: accept its terms on the hub with your account, and set HF_TOKEN"
-        ) from error
+        raise BakeFailed(f"{what} is gated: accept its terms on the hub with your account, and set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
         raise BakeFailed(f"{what} has no such commit any more; write the lock again with --lock") from error
     except errors.EntryNotFoundError as error:
@@ -227,12 +223,8 @@ def _explained(what: str) -> Iterator[None]:
             raise BakeFailed(f"{what}: access denied ({status}); check HF_TOKEN") from error
         raise BakeFailed(f"{what}: the hub answered {status}; run again") from error
     except (OSError, errors.OfflineModeIsEnabled) as error:
-        raise BakeFailed(
-            f"{what} could not be fetched ({type(error).__name__}); run again, it goes on"
-        ) from error
+        raise BakeFailed(f"{what} could not be fetched ({type(error).__name__}); run again, it goes on") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
             raise
-        raise BakeFailed(
-            f"{what} could not be fetched ({type(error).__name__}); run again, it goes on"
-        ) from error
+        raise BakeFailed(f"{what} could not be fetched ({type(error).__name__}); run again, it goes on") from error

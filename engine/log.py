@@ -72,9 +72,7 @@ def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
     for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
     text = _RUN.sub(_elide_run, text)
-    if (
-        len(text) > MAX_CHARACTERS
-    ):  # the ends say most: what it was about, and the exception at a traceback's end
+    if len(text) > MAX_CHARACTERS:  # the ends say most: what it was about, and the exception at a traceback's end
         text = f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"
     return text
 
@@ -175,9 +173,7 @@ def _record(
 
 def _place(record: logging.LogRecord, text: str) -> str:
     """Return where a withheld text came from; a warning's record holds 'file:line: Category: text'."""
-    warning = (
-        re.match(r"[^\n]{1,400}?:\d{1,7}: \w{1,80}(?=:)", text) if record.name == "py.warnings" else None
-    )
+    warning = re.match(r"[^\n]{1,400}?:\d{1,7}: \w{1,80}(?=:)", text) if record.name == "py.warnings" else None
     return warning.group() if warning else f"{record.name} at {record.pathname}:{record.lineno}"
 
 

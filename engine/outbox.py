@@ -49,9 +49,7 @@ def prepare(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
     except OSError as error:
-        raise SettingsError(
-            f"WORKER_OUTBOX_DIR cannot be written ({error.strerror}); name another folder"
-        ) from error
+        raise SettingsError(f"WORKER_OUTBOX_DIR cannot be written ({error.strerror}); name another folder") from error
 
 
 def keep(folder: Path, entry: Entry) -> None:
@@ -96,8 +94,9 @@ def sweep(folder: Path, deliver: Callable[[Entry], None]) -> int:
             _log.warning("outbox: %s stays: %s", entry.key, error.sentence)
             if error.retryable:
                 break
-        except FileNotFoundError:
-            continue  # another worker delivered it meanwhile
+        except OSError as error:
+            if place.exists():  # otherwise another worker delivered it meanwhile
+                _log.error("outbox: %s stays, it cannot be read: %s", entry.key, error.strerror)
         else:
             _remove(place)
             delivered += 1
@@ -149,10 +148,13 @@ def _read(place: Path) -> Entry | None:
     except FileNotFoundError:
         if not place.exists():
             return None
+    except OSError as error:
+        _log.error("outbox: %s stays, it cannot be read: %s", place.name, error.strerror)
+        return None
     except (ValueError, TypeError, KeyError) as error:
         _log.error("outbox: the record in %s cannot be read: %s", place.name, type(error).__name__)
     _log.error("outbox: %s is damaged and was set aside", place.name)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         place.rename(place.with_name(f"damaged-{place.name}"))
     return None
 

@@ -5,6 +5,7 @@ replaces them in place: one transfer of hundreds of megabytes where there were t
 address that changes.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -63,20 +64,51 @@ def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
     return Piece(prefix, tuple(fields), offset)
 
 
-def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer with this dotted name."""
-    module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(module), leaf)
-    return tensor.detach()
-
-
 def point_at(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
-    """Make the piece's parameters and buffers in `model` views of `buffer`."""
+    """Make the piece's parameters and buffers in `model` views of `buffer`; they stay the objects they
+    are."""
     for field in piece.fields:
-        path, _, leaf = (piece.prefix + field.name).rpartition(".")
-        module = model.get_submodule(path)
-        view = field.view(buffer)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(view, requires_grad=False)
-        else:
-            module._buffers[leaf] = view
+        _tensor(model, piece, field).data = field.view(buffer)
+
+
+class HostCopy:
+    """A model's tensors in page-locked host memory. The model is pointed at it, so that nothing is held
+    twice."""
+
+    def __init__(self, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> None:
+        """`device`: the card that copies will go to; for a CPU nothing is locked."""
+        self.notes: tuple[str, ...] = ()
+        self.buffers: list[Tensor] = []
+        self._locked: list[Tensor] = []
+        for piece in pieces:
+            buffer = torch.empty(piece.size_bytes, dtype=torch.uint8)
+            for field in piece.fields:
+                field.view(buffer).copy_(_tensor(model, piece, field).detach())
+            point_at(model, piece, buffer)
+            self.buffers.append(buffer)
+            if torch.device(device).type == "cuda":
+                self._lock(buffer, device)
+
+    def release(self) -> None:
+        """Unlock and forget. No copy from here may be under way."""
+        for buffer in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        self.buffers, self._locked = [], []
+
+    def _lock(self, buffer: Tensor, device: str) -> None:
+        # Locking memory we have: torch's own pinned allocator rounds each buffer up to a power of two.
+        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        if code == 0:
+            self._locked.append(buffer)
+            return
+        self.notes = (f"host memory could not be page-locked (CUDA error {code}): copies will be slow",)
+        with suppress(
+            RuntimeError
+        ):  # the next kernel launch would be blamed for this error; let it be one of ours
+            torch.zeros(1, device=device)
+
+
+def _tensor(model: nn.Module, piece: Piece, field: Field) -> Tensor:
+    path, _, leaf = (piece.prefix + field.name).rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor

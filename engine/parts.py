@@ -27,8 +27,8 @@ class FolderParts:
         if component.dtype is None:
             return library_class(component).from_pretrained(folder, local_files_only=True)
         model = empty_model(component, read_config(component, folder))
-        _fill(model, component, TensorFiles(folder, published_variant(folder, component)), device)
-        return model.requires_grad_(False).eval()
+        files = TensorFiles(folder, published_variant(folder, component))
+        return fill(model, component, _read_state(model, component, files, device), device)
 
 
 def library_class(component: Component) -> Any:
@@ -78,27 +78,26 @@ def published_variant(folder: Path, component: Component) -> str | None:
     return component.variant if not (folder / "component.json").is_file() else None
 
 
-def _fill(model: Any, component: Component, files: TensorFiles, device: str) -> None:
-    known = set(files.names())
+def fill(model: Any, component: Component, state: Mapping[str, torch.Tensor], device: str) -> Any:
+    """Give an empty model its tensors, without a copy, and make it ready for inference on `device`; returns it."""
     tied = dict(component.tied)
-    expected = model.state_dict()
+    model.load_state_dict({**state, **{name: state[source] for name, source in tied.items()}}, assign=True)
+    for name, source in tied.items():
+        module, _, attribute = name.rpartition(".")
+        # one parameter under two names, so that moving the model moves it once
+        setattr(model.get_submodule(module), attribute, model.get_parameter(source))
+    return model.to(device).requires_grad_(False).eval()  # `to` moves only the buffers that no file holds
+
+
+def _read_state(model: Any, component: Component, files: TensorFiles, device: str) -> dict[str, torch.Tensor]:
+    """The model's tensors from its files, each cast and moved on its own."""
+    known, tied = set(files.names()), dict(component.tied)
     state = {}
-    for name, empty in expected.items():
+    for name, empty in model.state_dict().items():
         if name in tied:
             continue
         stored = file_name(component, name, known)
         if stored not in known or files.shape(stored) != tuple(empty.shape):
             raise WeightsCorrupt(f"{component.name}: {stored} is missing or of another shape; bake it again")
         state[name] = files.tensor(stored).to(device=device, dtype=run_dtype(component, name, device))
-    for name, source in tied.items():
-        state[name] = state[source]
-    model.load_state_dict(state, assign=True)
-    for name, source in tied.items():
-        _share(model, name, source)
-    model.to(device)  # buffers that no file holds
-
-
-def _share(model: Any, name: str, source: str) -> None:
-    """Make two names one parameter, so that moving the model moves it once."""
-    module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, model.get_parameter(source))
+    return state

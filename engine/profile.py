@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-EXPERTS: Mapping[str, str] = MappingProxyType(
-    {"high": "transformer", "low": "transformer_2", "single": "transformer"}
-)
+EXPERTS: Mapping[str, str] = MappingProxyType({"high": "transformer", "low": "transformer_2", "single": "transformer"})
 """A phase's or LoRA's expert -> the component that holds it."""
 
 

@@ -18,9 +18,7 @@ __all__ = [
     "Schedule", "Source", "resolve",
 ]  # fmt: skip
 
-BUDGET_BYTES = (
-    70 * 10**9
-)  # of one image: RunPod's builder stops at 80 GB, torch and the system take their share
+BUDGET_BYTES = 70 * 10**9  # of one image: RunPod's builder stops at 80 GB, torch and the system take their share
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {row.name: row for row in (SDXL, WAN21_I2V_480P, WAN22_I2V_SVI, SVI_3_3, ENDFRAME)}
@@ -40,9 +38,7 @@ def resolve(request: "Request") -> Profile:
         InvalidInput: the model_type is unknown, or belongs to another mode.
     """
     mode: str = request.mode
-    name: str | None = getattr(
-        request, "model_type", None
-    )  # only the modes with several profiles have the field
+    name: str | None = getattr(request, "model_type", None)  # only the modes with several profiles have the field
     if name is None:
         return DEFAULTS[mode]
     choices = [row.name for row in PROFILES.values() if mode in row.modes]

@@ -105,9 +105,7 @@ WAN21_I2V_480P = Profile(
 SVI_LORAS = (
     Lora(SVI, "version-2.0/SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0_pro.safetensors", "high", 1.0),
     Lora(SVI, "version-2.0/SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0_pro.safetensors", "low", 1.0),
-    Lora(
-        LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "high", 1.2
-    ),
+    Lora(LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "high", 1.2),
     Lora(LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors", "low", 1.0),
 )
 

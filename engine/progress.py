@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from schemas.errors import Cancelled, JobTimeout
 
@@ -20,14 +21,17 @@ class Update:
     eta_s: float | None
 
 
+# Rough share of a job's time, in the order in which stages come: enough for a percentage that moves and never falls.
+SHARES: Mapping[str, int] = MappingProxyType(
+    {"fetch": 2, "load": 8, "encode": 5, "denoise": 70, "decode": 12, "upload": 3}
+)
+
+
 class Progress:
     """One job's clock and conscience: stages are timed, steps are reported, a cancel or deadline is raised at a step.
 
     `send` receives each Update from the thread that generates. `cancelled` may be set from any thread.
     """
-
-    # Share of a whole job's time, by stage, for `percent`; measured on 6-step video jobs, only the order matters.
-    WEIGHTS = {"fetch": 2, "load": 8, "encode": 5, "denoise": 70, "decode": 12, "upload": 3}
 
     def __init__(
         self,
@@ -72,12 +76,9 @@ class Progress:
     def _report(self, name: str, done: int, total: int, started: float) -> None:
         if self._send is None:
             return
-        before = 0
-        for stage, weight in self.WEIGHTS.items():
-            if stage == name:
-                break
-            before += weight
-        share = before + self.WEIGHTS.get(name, 0) * (done / total if total else 1.0)
-        self._percent = max(self._percent, round(100 * share / sum(self.WEIGHTS.values()), 1))
+        names = list(SHARES)
+        before = sum(SHARES[stage] for stage in names[: names.index(name)]) if name in SHARES else 0
+        share = before + SHARES.get(name, 0) * (done / total if total else 1.0)
+        self._percent = max(self._percent, round(100 * share / sum(SHARES.values()), 1))
         eta_s = (time.monotonic() - started) / done * (total - done) if done and total > 1 else None
         self._send(Update(name, done, total, self._percent, None if eta_s is None else round(eta_s, 1)))

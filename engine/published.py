@@ -9,9 +9,7 @@ from engine.profile import Component
 FOLDER = Path(__file__).parent / "published"
 
 # Where the file came from and who wrote it, not what the model is.
-PROVENANCE = frozenset(
-    {"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype"}
-)
+PROVENANCE = frozenset({"_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype"})
 
 
 def published_values(component: Component) -> dict[str, Any]:

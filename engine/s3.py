@@ -23,6 +23,7 @@ from engine.s3_errors import (
     ConditionUnknown,
     KeyMissing,
     KeyTaken,
+    RightMissing,
     StoreRefused,
     StoreUnwell,
     UploadGone,
@@ -138,8 +139,8 @@ class Objects:
         )
 
     def abort_upload(self, key: str, upload_id: str, patience: Patience) -> None:
-        with suppress(UploadGone):
-            patience.persist(lambda: self._abort_upload(key, upload_id))
+        """End an upload; one that is gone has ended."""
+        patience.persist(lambda: self._abort_upload(key, upload_id))
 
     def unfinished_uploads(self, key: str, patience: Patience) -> list[str]:
         """Ids of the multipart uploads begun under exactly this key."""
@@ -229,7 +230,7 @@ class Objects:
                 return
             except ConditionUnknown:
                 self._has_conditions = False
-        with suppress(KeyMissing):
+        with suppress(KeyMissing, RightMissing):
             self.head(key, patience)
             raise KeyTaken("the key is taken")
         self._ask(patience, lambda client: write(client, {}))
@@ -263,7 +264,7 @@ def _client(bucket: Bucket) -> Any:
         tcp_keepalive=True,
     )
     try:
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             endpoint_url=bucket.endpoint_url,
             region_name=bucket.region,
@@ -275,3 +276,15 @@ def _client(bucket: Bucket) -> Any:
         raise StoreRefused(
             f"the store cannot be used with these settings; check {bucket.labels.endpoint}"
         ) from error
+    client.meta.events.register("before-call.s3", _follow_no_redirect)
+    return client
+
+
+def _follow_no_redirect(context: dict[str, Any], **_event: Any) -> None:
+    """Tell botocore that it has been redirected already.
+
+    It would ask a store that redirects for the bucket's region, in a request that is redirected again, until
+    Python's stack ends. A wrong region becomes an error that names the setting: URLs signed for it would not
+    open either.
+    """
+    context.get("s3_redirect", {})["redirected"] = True

@@ -1,8 +1,9 @@
 """Decoding a stranger's bytes in a throwaway child: its memory, its clocks, its files, never ours.
 
 The child is started anew for each file by `subprocess` (safe beside threads and CUDA), with an empty
-environment and no descriptor but its own three. Bytes go in and pixels come out through anonymous memory: nothing
-touches a disk, no pipe can block, and the kernel bounds the result. Its answer is checked before it is believed.
+environment and no descriptor but its own three. Bytes go in and pixels come out through anonymous memory:
+nothing touches a disk, no pipe can block, and the kernel bounds the result. What it answers is checked before
+it is believed.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Raster:
-    """Decoded frames: `pixels` is uint8 (frames, height, width, 3) RGB; `fps` is None if the file has none."""
+    """Decoded frames: `pixels` is uint8 (frames, height, width, 3) RGB; `fps` None if the file has none."""
 
     frames: int
     height: int

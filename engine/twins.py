@@ -125,11 +125,7 @@ def _write_model(component: Component, folder: Path) -> None:
     cls = library_class(component)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{component.source.repo}/{component.subfolder}".encode()))
-        model = (
-            cls.from_config(values)
-            if component.library == "diffusers"
-            else cls(cls.config_class.from_dict(values))
-        )
+        model = cls.from_config(values) if component.library == "diffusers" else cls(cls.config_class.from_dict(values))
     tied = dict(component.tied)
     published = DTYPES["fp16" if component.variant == "fp16" else "fp32"]
     state = {

@@ -41,7 +41,11 @@ class Target:
             FetchFailed: `location` is malformed, or leaves https for http.
         """
         refuse_unprintable(location)  # before urljoin, which drops some of what it does not like
-        target = parse_url(urljoin(self.url, location))
+        try:
+            following = urljoin(self.url, location)
+        except ValueError as error:
+            raise FetchFailed("the URL redirects to a malformed one") from error
+        target = parse_url(following)
         if self.scheme == "https" and target.scheme == "http":
             raise FetchFailed("the URL redirects from https to http")
         return target

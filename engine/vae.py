@@ -5,7 +5,7 @@ statistics. This module alone knows the raw ones. Source: diffusers 0.42.1, Auto
 WanImageToVideoPipeline.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
 
 
-def encode_norm(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode a video to the mode of its posterior, normalised.
+def encode_norm(vae: Any, pixels: Tensor, encode: Callable[[Tensor], Any] | None = None) -> Tensor:
+    """Encode a video to the mode of its posterior, normalised. `encode` stands in for `vae.encode`.
 
     `pixels`: (1, 3, F, H, W) in [-1, 1]. Returns (1, z, (F - 1) / 4 + 1, H / 8, W / 8) fp32 on the VAE's
     device.
@@ -28,7 +28,7 @@ def encode_norm(vae: Any, pixels: Tensor) -> Tensor:
     if not is_legal_frames(frames):
         raise ValueError(f"{frames} frames: {frames_advice(frames)}")
     try:
-        posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+        posterior = (encode or vae.encode)(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
     finally:
         vae.clear_cache()  # a failure in the middle would leave the features of half a video on the card
     return normalise(vae, posterior.mode())

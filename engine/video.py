@@ -107,13 +107,11 @@ def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...]) -> 
         ("pixel format", found.pix_fmt, "yuv420p"),
         ("colour", found.color, (1, 1, 1, 1)),
         ("shape", tuple(found.shape), tuple(shape)),
-        ("frame rate", found.fps, Fraction(fps)),
+        ("frame rate", found.fps, Fraction(fps)),  # frames / duration, so this is the duration as well
     ]
     for name, got, expected in facts:
         if got != expected:
             raise EncodingFailed(f"the written video did not verify: {name} is {got}, not {expected}")
-    if abs(found.duration_s - shape.frames / fps) > 1 / fps:
-        raise EncodingFailed(f"the written video did not verify: it lasts {found.duration_s:.3f} s")
     shift = max(abs(a - b) for a, b in zip(found.luma, luma, strict=True))
     if shift > MAX_LUMA_SHIFT:
         raise EncodingFailed("the written video did not verify: it does not show the frames it was given")
@@ -132,16 +130,14 @@ def probe(path: Path) -> Probe:
         if [stream.type for stream in container.streams] != ["video"]:
             raise ValueError("not one video stream")
         stream = container.streams.video[0]
-        stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over
-        stream.thread_type = "AUTO"
+        # Else the decoder paints over what is torn. Frame threads would hide it again, so there are none.
+        stream.codec_context.options = {"err_detect": "explode"}
         if stream.average_rate is None or stream.duration is None or stream.time_base is None:
             raise ValueError("no frame rate or duration")
         luma: list[float] = []
         for frame in container.decode(stream):
             if frame.pts is None or frame.pts * stream.time_base != len(luma) / stream.average_rate:
                 raise ValueError(f"frame {len(luma)} is not at its time")
-            if frame.is_corrupt:
-                raise ValueError(f"frame {len(luma)} is damaged")
             luma.append(_mean_luma(frame))
         context = stream.codec_context
         return Probe(

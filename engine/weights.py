@@ -137,8 +137,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def recipe(component: Component, profile: Profile) -> dict[str, Any]:
     """What decides a component's bytes, besides the published files: compared between bake and worker."""
     loras = [
-        {"repo": lora.source.repo, "file": lora.file, "strength": lora.strength}
-        for lora in profile.loras_of(component)
+        {"repo": lora.source.repo, "file": lora.file, "strength": lora.strength} for lora in profile.loras_of(component)
     ]
     return {
         "class": component.class_name,
@@ -175,9 +174,7 @@ def _baked(profile: Profile, place: Place) -> Baked | None:
     manifest = read_manifest(path)
     for component in profile.components:
         if manifest["components"].get(component.name, {}).get("recipe") != recipe(component, profile):
-            raise WeightsCorrupt(
-                f"{component.name} of {profile.folder} was baked to another recipe; bake it again"
-            )
+            raise WeightsCorrupt(f"{component.name} of {profile.folder} was baked to another recipe; bake it again")
     files = tuple(File(**line) for line in manifest["files"])
     for file in files:
         if not _has_size(place.path / file.path, file.size_bytes):

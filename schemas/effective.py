@@ -9,9 +9,7 @@ from schemas.svi_schema import SviEndframeRequest
 from schemas.video_schema import VideoRequest
 
 
-def effective(
-    request: Request, seed: int, picture_hashes: Mapping[str, str | Sequence[str]]
-) -> dict[str, Any]:
+def effective(request: Request, seed: int, picture_hashes: Mapping[str, str | Sequence[str]]) -> dict[str, Any]:
     """The request as plain JSON: every value explicit, no alias, media elided to "sha256:...".
 
     `picture_hashes`: for every given field that holds a picture, video or latent, its hex digest or digests.
@@ -24,9 +22,7 @@ def effective(
     for name, value in values.items():
         if value is not None and is_media(type(request), name):
             hashes = picture_hashes[name]
-            values[name] = (
-                f"sha256:{hashes}" if isinstance(hashes, str) else [f"sha256:{one}" for one in hashes]
-            )
+            values[name] = f"sha256:{hashes}" if isinstance(hashes, str) else [f"sha256:{one}" for one in hashes]
     return {**values, "seed": seed}
 
 

@@ -56,9 +56,7 @@ class Grid:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
         described.update(minimum=self.first, maximum=self.last)
         if self.first % self.step == 0:  # JSON Schema has no word for 4k + 1; the description says it
@@ -90,9 +88,7 @@ class Entries:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.check, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(schema), "minItems": 1, "maxItems": self.most}
 
     def check(self, value: Any) -> Any:
@@ -155,7 +151,7 @@ def _size(text: str) -> str:
     width, height = (int(side) for side in found.groups())
     problems = [f"{name} {why}" for name, why in side_problems(width=width, height=height).items()]
     if problems:
-        raise wrong(" and ".join(problems))
+        raise wrong("; ".join(problems))
     return f"{width}x{height}"
 
 
@@ -192,9 +188,7 @@ ENTRIES = Entries(16)
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_plain)]
 Word = Annotated[str, Field(max_length=64), AfterValidator(_plain)]
-Source = Annotated[
-    str, Field(min_length=1, max_length=MAX_MEDIA), AfterValidator(_plain), AfterValidator(_media)
-]
+Source = Annotated[str, Field(min_length=1, max_length=MAX_MEDIA), AfterValidator(_plain), AfterValidator(_media)]
 """An http(s) URL, a data URI or bare base64. Put Media(...) beside it on the field."""
 Latent = Annotated[str, Field(min_length=1, max_length=MAX_MEDIA, pattern=r"^[A-Za-z0-9+/_\-\s]+=*\s*$")]
 Seed = Annotated[int, Field(ge=-1, le=MAX_SEED), AfterValidator(_drawn)]
@@ -211,7 +205,5 @@ Strength = Annotated[str, AfterValidator(_strength)]
 Strengths = Annotated[
     tuple[Strength, ...],
     BeforeValidator(_strengths),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number"]}}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "number"]}}]}),
 ]

@@ -2,14 +2,12 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from schemas.fields import Guidance, ImageSide, Media, Private, Seed, Source, Steps, Text
+from schemas.fields import MAX_MEDIA, Guidance, ImageSide, Media, Private, Seed, Source, Steps, Text
 from schemas.request import Request, Rule
 
-Scheduler = Literal[
-    "PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"
-]
+Scheduler = Literal["PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"]
 BASE_ONLY = ("height", "width", "scheduler", "num_inference_steps", "guidance_scale", "high_noise_frac")
 
 
@@ -33,6 +31,13 @@ def _refiner_has_a_step(request: "ImageRequest") -> str | None:
     )
 
 
+SourceOrEmpty = Annotated[
+    Source | None,
+    BeforeValidator(_none_if_empty),
+    WithJsonSchema({"anyOf": [{"type": "string", "maxLength": MAX_MEDIA}, {"type": "null"}]}),
+]
+
+
 class ImageRequest(Request):
     """SDXL base and refiner: words to pictures, or a picture changed by the refiner alone."""
 
@@ -48,7 +53,7 @@ class ImageRequest(Request):
     negative_prompt: Annotated[Text | None, Private()] = Field(
         None, description="What to keep out; base and refiner both get it."
     )
-    image_url: Annotated[Source | None, BeforeValidator(_none_if_empty), Media("picture")] = Field(
+    image_url: Annotated[SourceOrEmpty, Media("picture")] = Field(
         None,
         description="A picture to change: URL, data URI or base64 of a PNG, JPEG or WebP. Only the refiner "
         "runs, at the picture's own size. An empty string means none.",
@@ -95,9 +100,7 @@ class ImageRequest(Request):
                 for name in self.changed("strength")
             ]
         elif self.high_noise_frac is not None:
-            notes.append(
-                f"high_noise_frac {self.high_noise_frac:g} splits nothing: the base runs all its steps"
-            )
+            notes.append(f"high_noise_frac {self.high_noise_frac:g} splits nothing: the base runs all its steps")
         if self.output_format == "png":
             notes += [f"{name} has no effect on png" for name in self.changed("quality")]
         return notes

@@ -125,9 +125,7 @@ def _validated(model: type[Request], values: dict[str, Any]) -> tuple[Request | 
         return model.model_validate(values), []
     except ValidationError as error:
         problems = problems_of(error, model)
-        broken = frozenset(
-            str(detail["loc"][0]) for detail in error.errors(include_url=False) if detail["loc"]
-        )
+        broken = frozenset(str(detail["loc"][0]) for detail in error.errors(include_url=False) if detail["loc"])
     if broken:
         fine: dict[str, Any] = {name: _frozen(value) for name, value in values.items() if name not in broken}
         problems += model.model_construct(**fine).broken_rules(unknown=broken)

@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.effective import as_run, effective
-from schemas.image_schema import ImageRequest
 from schemas.request import Request
 from schemas.svi_schema import SviEndframeRequest
 from schemas.video_schema import VideoRequest
@@ -136,20 +135,12 @@ def success(
         "worker_version": WORKER_VERSION,
     }
     urls = [place.url for place in delivered]
-    if isinstance(ran, ImageRequest):
-        response: Response = ImageResponse(**facts, image_url=urls[0], images=urls)
-    else:
-        facts |= {"num_frames": first.frames, "frames_requested": _frames_requested(ran)}
+    if isinstance(ran, VideoRequest | SviEndframeRequest):
+        facts |= {"num_frames": first.frames, "frames_requested": ran.total_frames}
         facts |= {"fps": first.fps, "duration_s": first.duration_s, "state": made.state}
-        response = VideoResponse(**facts, video_url=urls[0])
+        response: Response = VideoResponse(**facts, video_url=urls[0])
+    else:
+        response = ImageResponse(**facts, image_url=urls[0], images=urls)
     answer = response.model_dump(exclude_none=True)
     json.dumps(answer, allow_nan=False).encode()
     return answer
-
-
-def _frames_requested(request: Request) -> int:
-    if isinstance(request, SviEndframeRequest):
-        return request.total_frames
-    if isinstance(request, VideoRequest):
-        return request.num_frames
-    raise TypeError(f"{request.mode} makes no video")

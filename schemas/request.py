@@ -1,7 +1,7 @@
 """What every mode's request shares: null, aliases, rules across fields, warnings, fields that hold media."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -34,7 +34,8 @@ class Request(BaseModel):
     RULES: ClassVar[tuple[Rule, ...]] = ()
 
     mode: str
-    seed: int | None
+    if TYPE_CHECKING:  # each mode declares it in its own place: fields are shown in the order of declaration
+        seed: int | None
 
     @model_validator(mode="before")
     @classmethod

@@ -39,7 +39,12 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> Problem:
 
 def _must(be: str) -> Callable[[Mapping[str, Any], str], str]:
     """A sentence with pydantic's own numbers in it, such as "must be at least {ge}, got 0"."""
-    return lambda ctx, got: f"must {be.format(**ctx)}, got {got}"
+
+    def sentence(ctx: Mapping[str, Any], got: str) -> str:
+        plain = {key: int(one) if isinstance(one, float) and one.is_integer() else one for key, one in ctx.items()}
+        return f"must {be.format(**plain)}, got {got}"
+
+    return sentence
 
 
 def _own(ctx: Mapping[str, Any], got: str) -> str:  # noqa: ARG001 one signature for all sentences

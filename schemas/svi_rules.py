@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 CLIP_FRAMES = 81
 """The longest clip: what the model was trained on. Beyond it colours fade and the first frame comes back."""
 
+MAX_CLIPS = 16
+"""Of one request; longer films go on by `state`."""
+
 DEFAULT_LAYOUTS = {
     "wan_2_2_i2v_lightning_svi_3_3": "svi_latent",
     "wan_2_2_i2v_lightning_svi_endframe": "flf",
@@ -46,9 +49,7 @@ def _one_kind_of_layout(request: "SviEndframeRequest") -> str | None:
     if request.layout is None or request.svi2pro in (None, request.layout.startswith("svi")):
         return None
     kind = "none of SVI's layouts" if request.svi2pro else "one of SVI's layouts"
-    return (
-        f"{request.layout} is {kind}, and svi2pro is {str(request.svi2pro).lower()}; leave one of the two out"
-    )
+    return f"{request.layout} is {kind}, and svi2pro is {str(request.svi2pro).lower()}; leave one of the two out"
 
 
 def _several_starts_have_a_place(request: "SviEndframeRequest") -> str | None:
@@ -78,6 +79,16 @@ def _layout_takes_motion(request: "SviEndframeRequest") -> str | None:
     return None
 
 
+def _not_too_many_clips(request: "SviEndframeRequest") -> str | None:
+    most = CLIP_FRAMES + (CLIP_FRAMES - 1 - request.overlap) * (MAX_CLIPS - 1)
+    if request.total_frames <= most:
+        return None
+    return (
+        f"must be at most {most} with overlap {request.overlap}, got {request.total_frames}: "
+        f"a video has at most {MAX_CLIPS} clips"
+    )
+
+
 def _segments_divide_the_length(request: "SviEndframeRequest") -> str | None:
     fewest, most = request.possible_clips
     if request.segments is None or fewest <= request.segments <= most:
@@ -92,9 +103,7 @@ def _something_new_after_the_past(request: "SviEndframeRequest") -> str | None:
     shared = 1 + request.overlap
     if (request.state is None and request.prefix_video is None) or request.total_frames >= shared + 4:
         return None
-    return (
-        f"must be at least {shared + 4}, got {request.total_frames}: {shared} frames repeat what was before"
-    )
+    return f"must be at least {shared + 4}, got {request.total_frames}: {shared} frames repeat what was before"
 
 
 def _one_kind_of_prompt(request: "SviEndframeRequest") -> str | None:
@@ -145,6 +154,7 @@ RULES = (
     Rule(("image_start", *_LAYOUT), _several_starts_have_a_place),
     Rule(("state", "prefix_video"), _one_past),
     Rule((*_LAYOUT, *_LENGTH, "state", "return_state"), _layout_takes_motion),
+    Rule(_LENGTH, _not_too_many_clips),
     Rule(("segments", "video_length", "overlap"), _segments_divide_the_length),
     Rule((*_LENGTH, "state", "prefix_video"), _something_new_after_the_past),
     Rule(("prompts", "prompt"), _one_kind_of_prompt),

@@ -26,12 +26,11 @@ from schemas.fields import (
     side_problems,
 )
 from schemas.request import Request, Rule
-from schemas.svi_rules import CLIP_FRAMES
+from schemas.svi_rules import CLIP_FRAMES, MAX_CLIPS
 from schemas.words import shown
 
 Layout = Literal["svi", "svi_latent", "svi_upstream", "svi_pixel4", "flf", "kijai_end"]
 ModelType = Literal["wan_2_2_i2v_lightning_svi_3_3", "wan_2_2_i2v_lightning_svi_endframe"]
-MAX_CLIPS = 16
 PADDING = "svi_pad_empty_frames_with_anchor"
 
 
@@ -86,9 +85,7 @@ class SviEndframeRequest(Request):
     prefix_video: Annotated[Source | None, Media("video")] = Field(
         None, description="A video to go on from, of at least 9 frames: URL, data URI or base64."
     )
-    video_prompt_type: Word | None = Field(
-        None, description="Accepted and without effect: `image_refs` always counts."
-    )
+    video_prompt_type: Word | None = Field(None, description="Accepted and without effect: `image_refs` always counts.")
     svi2pro: bool | None = Field(
         None, description="true: layout `svi_latent`; false: layout `flf`. null: as `model_type` says."
     )
@@ -138,15 +135,12 @@ class SviEndframeRequest(Request):
     guidance2_scale: Guidance | None = Field(
         None, description="Guidance of the low-noise expert; 1 or less is off. null: the profile's 1."
     )
-    flow_shift: float | None = Field(
-        None, gt=0, le=100, description="Shift of the noise grid. null: the profile's 5."
-    )
+    flow_shift: float | None = Field(None, gt=0, le=100, description="Shift of the noise grid. null: the profile's 5.")
     switch_threshold: float | None = Field(
         None,
         ge=0,
         le=1000,
-        description="The low-noise expert takes over at the first timestep at or below this. null: the "
-        "profile's 883.",
+        description="The low-noise expert takes over at the first timestep at or below this. null: the profile's 883.",
     )
     high_steps: Steps | None = Field(
         None, description="Steps of the high-noise expert; with `low_steps`, in place of `switch_threshold`."
@@ -203,7 +197,8 @@ class SviEndframeRequest(Request):
         """The fewest and the most clips that `total_frames` can be divided into."""
         repeated = 1 + self.overlap
         fewest = 1 + -(-max(0, self.total_frames - CLIP_FRAMES) // (CLIP_FRAMES - repeated))
-        return fewest, max(fewest, (self.total_frames - repeated) // 4)  # 4 new frames a clip at least
+        most = min(MAX_CLIPS, (self.total_frames - repeated) // 4)  # 4 new frames a clip at least
+        return fewest, max(fewest, most)
 
     @property
     def clip_count(self) -> int:

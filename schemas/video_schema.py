@@ -37,6 +37,11 @@ class VideoRequest(Request):
     )
     seed: Seed | None = Field(None, description="null or -1 draws one; the response tells which.")
 
+    @property
+    def total_frames(self) -> int:
+        """Frames of the whole video."""
+        return self.num_frames
+
     def warnings(self) -> list[str]:
         notes = []
         if not self.prompt:

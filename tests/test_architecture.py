@@ -83,11 +83,11 @@ def test_heavy_libraries_are_imported_only_where_pixels_are_made(path: Path) -> 
 @pytest.mark.parametrize("path", PRODUCT, ids=module_of)
 def test_dangerous_calls_are_absent(path: Path) -> None:
     forbidden = {"pickle", "torch.load", "load_image", "load_video", "mktemp"}
-    names = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
-    }
+    names = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
     assert not {n for n in names if n in {"eval", "exec"} or any(n.endswith(f) for f in forbidden)}
-    assert not any("shell=True" in ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    assert not any(
+        "shell=True" in ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+    )
 
 
 def test_importing_the_handler_is_light() -> None:

@@ -87,7 +87,7 @@ class Sdxl:
     def unload(self) -> None:
         self._parts.clear()
 
-    def _base(self, scheduler: str) -> StableDiffusionXLPipeline:
+    def _base(self, scheduler: str) -> Any:
         parts = self._parts
         return _quiet(
             StableDiffusionXLPipeline(
@@ -102,7 +102,7 @@ class Sdxl:
             )
         )
 
-    def _refiner(self) -> StableDiffusionXLImg2ImgPipeline:
+    def _refiner(self) -> Any:
         parts = self._parts
         return _quiet(
             StableDiffusionXLImg2ImgPipeline(
@@ -119,7 +119,7 @@ class Sdxl:
             )
         )
 
-    def _encode(self, refiner: StableDiffusionXLImg2ImgPipeline, request: ImageRequest) -> dict[str, torch.Tensor]:
+    def _encode(self, refiner: Any, request: ImageRequest) -> dict[str, torch.Tensor]:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = refiner.encode_prompt(
             prompt=request.prompt or "",

@@ -1,55 +1,73 @@
 """Wan2.1 image-to-video through diffusers' own pipeline, put together from our parts.
 
-The pipeline's loop, scheduler and conditioning are used as they are; around them stand our size rule, a CPU generator
-(a seed means the same on every card), progress and cancel at each step, and a decode that hands out frames as they come.
+The pipeline's loop and scheduler are used as they are. Ours are the size rule, the encoders that visit the card and
+are asked once a prompt or picture, the encode that skips what it has already computed, a CPU generator (a seed means
+the same on every card), progress and cancel at each step, and a decode that hands out frames as they come.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from engine.backends import Task
+from engine.conditioning import known_mask
 from engine.frames import to_uint8
 from engine.geometry import VideoShape, fit_area
+from engine.memo_encode import MemoEncoder
 from engine.outputs import Frames
+from engine.picture_embeds import PictureEncoder
 from engine.pictures import fit_picture
-from engine.profiles import Profile
+from engine.placing import place
+from engine.profile import Profile
 from engine.progress import Progress
-from engine.vae import decode_chunks
+from engine.text import PromptEncoder
+from engine.vae import decode_chunks, encode_norm
 from engine.weights import Parts
-
-COMPONENTS = (
-    "tokenizer", "text_encoder", "vae", "scheduler", "image_processor", "image_encoder", "transformer",
-)  # fmt: skip
+from schemas.video_schema import VideoRequest
 
 
 class Wan:
-    """Wan2.1 image-to-video: transformer and VAE resident, the encoders visiting the card when they are needed."""
+    """Wan2.1 image-to-video: transformer and VAE on the card, the encoders visiting where there is no room."""
 
     def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:
         self.profile = profile
         self._device = torch.device(device)
-        self._parts: dict[str, Any] = {name: parts.load(name, device) for name in COMPONENTS}
+        self._placed = place(profile, parts, self._device, budget_bytes, {"single": "transformer"})
+        self._vae = parts.load("vae", device)
+        self._memo = MemoEncoder(self._vae)
+        self._scheduler = parts.load("scheduler")
+        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
+        self._pictures = PictureEncoder(parts.load("image_processor"), self._placed.encoders["image_encoder"])
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Frames:
-        request = task.request
-        shape = self._shape(task)
+        request = cast(VideoRequest, task.request)  # the profile's modes hold it
+        shape = _shape(task, request)
         picture = fit_picture(task.pictures["image_url"], shape.height, shape.width)
-        pipeline = self._pipeline()
-        with progress.stage("denoise", request.num_inference_steps) as step:
+        with progress.stage("encode"):
+            prompt = self._prompts.encode(request.prompt).hidden.to(self._device)
+            is_guided = request.guidance_scale > 1  # as the pipeline decides it
+            negative = (
+                self._prompts.encode(request.negative_prompt or "").hidden.to(self._device) if is_guided else None
+            )
+        with (
+            progress.stage("denoise", request.num_inference_steps) as step,
+            self._placed.experts.use("single") as transformer,
+        ):
 
             def after_step(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 step()
                 return tensors
 
-            latents = pipeline(
+            latents = self._pipeline(transformer)(
                 image=picture,
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
+                prompt_embeds=prompt,
+                negative_prompt_embeds=negative,
                 height=shape.height,
                 width=shape.width,
                 num_frames=shape.frames,
@@ -62,24 +80,70 @@ class Wan:
         return Frames(self._decoded(latents, progress), shape, request.fps)
 
     def unload(self) -> None:
-        self._parts.clear()
+        self._placed.unload()
+        del self._placed, self._vae, self._memo, self._prompts, self._pictures
 
-    def _shape(self, task: Task) -> VideoShape:
-        request = task.request
-        if request.height is not None:
-            return VideoShape(request.num_frames, request.height, request.width)
-        width, height = task.pictures["image_url"].size
-        return VideoShape(request.num_frames, *fit_area(width / height, task.profile.max_area))
-
-    def _pipeline(self) -> WanImageToVideoPipeline:
-        parts = self._parts
-        scheduler = type(parts["scheduler"]).from_config(parts["scheduler"].config)
-        pipeline = WanImageToVideoPipeline(**{**parts, "scheduler": scheduler})
+    def _pipeline(self, transformer: Any) -> Any:
+        """Made anew for each job: a pipeline is a dozen references, and its scheduler has a memory."""
+        pipeline: Any = _MemoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            image_encoder=None,
+            image_processor=None,
+            transformer=transformer,
+            vae=self._vae,
+            scheduler=type(self._scheduler).from_config(self._scheduler.config),
+        )
+        pipeline.memo = self._memo
+        pipeline.pictures = self._pictures
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _decoded(self, latents: torch.Tensor, progress: Progress) -> Iterator[np.ndarray]:
         with torch.inference_mode(), progress.stage("decode", latents.shape[2]) as step:
-            for chunk in decode_chunks(self._parts["vae"], latents):
+            for chunk in decode_chunks(self._vae, latents):
                 yield to_uint8(chunk[0])
                 step()
+
+
+class _MemoPipeline(WanImageToVideoPipeline):
+    """The stock pipeline, asking our encoders: equal, without computing what is known already."""
+
+    vae: Any
+    _execution_device: torch.device
+    memo: MemoEncoder
+    pictures: PictureEncoder
+
+    def encode_image(self, image: Image.Image, device: torch.device | None = None) -> torch.Tensor:
+        return self.pictures.encode(image).to(device or self._execution_device)
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise (1, 16, T, h, w) and condition (1, 20, T, h, w), both fp32; `image` is (1, 3, H, W) in [-1, 1]."""
+        if latents is not None or last_image is not None or batch_size != 1:
+            raise ValueError("one picture, no last picture, noise of its own")
+        t, h, w = VideoShape(num_frames, height, width).latent()
+        noise = randn_tensor((1, num_channels_latents, t, h, w), generator=generator, device=device, dtype=dtype)
+        pixels = torch.cat([image.unsqueeze(2), image.new_zeros(1, 3, num_frames - 1, height, width)], dim=2)
+        known = encode_norm(self.vae, pixels, self.memo.encode)
+        mask = known_mask(t).to(known)[None, :, :, None, None].expand(1, -1, -1, h, w)
+        return noise, torch.cat([mask, known], dim=1)
+
+
+def _shape(task: Task, request: VideoRequest) -> VideoShape:
+    if request.height is not None and request.width is not None:
+        return VideoShape(request.num_frames, request.height, request.width)
+    width, height = task.pictures["image_url"].size
+    return VideoShape(request.num_frames, *fit_area(width / height, task.profile.max_area))

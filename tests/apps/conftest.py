@@ -1,6 +1,7 @@
 """One worker under the real loop that many tests share, since each start takes seconds."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,19 @@ class Running:
         """What the job itself wrote down: ("start" | "end", time), as often as it ran."""
         lines = [line.split() for line in self.jobs_path.read_text().splitlines()]
         return [(what, float(at)) for at, what, name in lines if name == job_id]
+
+
+@pytest.fixture(autouse=True)
+def undisturbed_logging() -> Iterator[None]:
+    """Put back what `engine.log.configure` sets for a whole process."""
+    root = logging.getLogger()
+    handlers, level, factory = root.handlers[:], root.level, logging.getLogRecordFactory()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.setLogRecordFactory(factory)
+    logging.captureWarnings(False)
+    logging.raiseExceptions = True
 
 
 @pytest.fixture(scope="session")

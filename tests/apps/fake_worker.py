@@ -8,6 +8,7 @@ quiet or wait.
 import asyncio
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 from apps import runpod_loop
@@ -89,4 +90,4 @@ if __name__ == "__main__":
         hurry()
     if guard := os.environ.get("FAKE_WITHOUT"):
         globals()[f"without_{guard}"]()
-    sys.exit(serve(run, Settings.from_env(os.environ), sys.argv[1:], [check_weights], LIMITS))
+    sys.exit(serve(run, Settings.from_env(os.environ), sys.argv[1:], [partial(check_weights)], LIMITS))

@@ -1,4 +1,4 @@
-"""Wan's classes with a few thousand seeded random parameters, and inputs for them: real structure, no meaning."""
+"""Wan's classes with a few thousand seeded random parameters, and inputs for them."""
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ def tiny_transformer(seed: int = 0, dtype: torch.dtype = torch.float32) -> WanTr
         num_layers=2,
         rope_max_seq_len=64,
     )
-    for parameter in model.parameters():  # far from zero, so that every input can be seen in the output
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # far from zero, so that every input can be seen in the output
+        if not set(name.split(".")) & set(model._keep_in_fp32_modules):  # as from_pretrained keeps them
+            parameter.data = parameter.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_tokenizer(words: str = "a red fox runs through deep snow") -> PreTrainedTokenizerFast:
@@ -41,9 +43,7 @@ def tiny_tokenizer(words: str = "a red fox runs through deep snow") -> PreTraine
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def tiny_text_encoder(seed: int = 0) -> UMT5EncoderModel:

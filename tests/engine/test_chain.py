@@ -114,8 +114,8 @@ def test_row_19_join_of_full_clips_counts_81_plus_76_each(clips, frames):
 def film(clips):
     """Decode a synthetic chain whose every frame carries its time, and join it.
 
-    Time runs as the model renders it: a later clip shows the anchor (-1), then the frames of the motion latent
-    again, then goes on. The end picture is 1000.
+    Time runs as the model renders it: a later clip shows the anchor (-1), then the motion latent's
+    frames again, then goes on. The end picture is 1000.
     """
     joined, shown = [], -1
     for clip in clips:

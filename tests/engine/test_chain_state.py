@@ -1,15 +1,19 @@
 import base64
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
+from engine.chain_state import ChainState, anchor_digest, base_seed, check_fits, pack_state, unpack_state
 from engine.geometry import LatentShape
 from schemas.errors import InvalidInput
 from tests.engine.svi_parts import noise, pixels
 
+ROOT = Path(__file__).resolve().parents[2]
 STATE = ChainState(noise(1, height=4, width=6), seed=2**63 - 1, next_index=3, anchor_sha256=bytes(range(32)))
 HEAD = 4 + 2 * 5 + 4 + 8 + 32 + 4
 
@@ -114,3 +118,19 @@ def test_state_of_another_size_is_refused(shape, channels):
 def test_digest_tells_anchors_apart():
     assert anchor_digest(pixels(1)) == anchor_digest(pixels(1))
     assert anchor_digest(pixels(1)) != anchor_digest(pixels(1, seed=1))
+
+
+def test_base_seed_is_read_from_a_whole_state_only():
+    assert base_seed(pack_state(STATE)) == 2**63 - 1
+    with pytest.raises(InvalidInput, match="damaged"):
+        base_seed(edited(HEAD + 4, b"\x07"))
+
+
+def test_reading_a_base_seed_needs_no_torch():
+    code = (
+        "import sys; from engine.chain_state import base_seed; "
+        f"print(base_seed({pack_state(STATE)!r}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == [str(2**63 - 1), "False"]

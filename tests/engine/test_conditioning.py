@@ -139,9 +139,7 @@ def recipe(name):
         "svi_upstream": lambda: torch.cat([a, nothing, e], 2),
         "svi_pixel4": lambda: encode(torch.cat([START, grey[:, :, :12], END, END, END, END], 2)),
         "flf": lambda: encode(torch.cat([START, grey, END], 2)),
-        "kijai_end": lambda: torch.cat(
-            [encode(torch.cat([START, torch.zeros(1, 3, 16, 16, 16)], 2)), e], 2
-        ),
+        "kijai_end": lambda: torch.cat([encode(torch.cat([START, torch.zeros(1, 3, 16, 16, 16)], 2)), e], 2),
     }[name]()
     bits = [int(bit) for bit in SEVENTEEN[name].replace(" ", "")]
     mask = torch.zeros(1, 4, len(bits) // 4, 2, 2)

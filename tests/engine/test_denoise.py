@@ -24,8 +24,8 @@ class Experts:
         self.used, self.called, self.open = [], [], 0
 
     @contextmanager
-    def use(self, expert):
-        self.used.append(expert)
+    def use(self, expert, forwards, then):
+        self.used.append((expert, forwards, then))
         self.open += 1
 
         def call(**inputs):
@@ -82,8 +82,15 @@ def test_each_expert_is_taken_once_and_given_back():
     experts = constants()
     run(experts)
 
-    assert experts.used == ["high", "low"]
+    assert experts.used == [("high", 2, "low"), ("low", 4, "high")]
     assert experts.open == 0
+
+
+def test_experts_hear_how_often_they_will_be_called_when_guided():
+    experts = constants()
+    run(experts, guidance=(3.0, 1.0))
+
+    assert experts.used == [("high", 4, "low"), ("low", 4, "high")]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +108,9 @@ def test_row_13_forwards_of_each_guidance(guidance, forwards, calls):
 
 def test_row_14_trajectory_against_the_closed_form_with_bf16_models():
     start, trajectory = noise(2), []
-    run(constants(high=1.5, low=-0.75), start=start, on_step=lambda done, latents: trajectory.append(latents))
+    run(
+        constants(high=1.5, low=-0.75), start=start, on_step=lambda _done, latents: trajectory.append(latents)
+    )
 
     # x(sigma) moves by velocity times the change of sigma: 1.5 down to 0.88253, then -0.75 down to 0
     drift = [-0.0713436, -0.1762112, -0.0915724, 0.0680922, 0.4819481, 0.4856832]
@@ -147,7 +156,8 @@ def test_guidance_pushes_away_from_the_negative_prompt():
         dtype = torch.float32
 
         def __call__(self, **inputs):
-            return (inputs["encoder_hidden_states"].mean() * torch.ones_like(inputs["hidden_states"][:, :16]),)
+            mean = inputs["encoder_hidden_states"].mean()
+            return (mean * torch.ones_like(inputs["hidden_states"][:, :16]),)
 
     prompts = Prompts(torch.full((1, 8, 16), 0.5), torch.full((1, 8, 16), 0.25))
     start = torch.zeros(1, 16, 2, 2, 2)

@@ -28,8 +28,8 @@ def server(tmp_path: Path) -> Iterator[HubServer]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client waits a second between its five attempts at a cut transfer."""
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 8192)  # it writes whole chunks only
 
 
@@ -126,7 +126,7 @@ def test_hub_names_a_file_that_is_gone(server: HubServer, tmp_path: Path) -> Non
     hub = hub_of(server)
     file = file_named(hub, "model.safetensors")
     server.faults.missing = {"owner/model/unet/model.safetensors"}
-    with pytest.raises(BakeFailed, match="owner/model/unet/model.safetensors is not there"):
+    with pytest.raises(BakeFailed, match=r"owner/model/unet/model\.safetensors is not there"):
         hub.fetch(SOURCE, file, tmp_path / "model.safetensors")
 
 

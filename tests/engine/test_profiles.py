@@ -132,6 +132,8 @@ def test_rows_cannot_be_changed() -> None:
 
 
 def test_profiles_and_weights_import_without_torch() -> None:
-    code = "import sys, engine.profiles, engine.weights, engine.hub; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, engine.profiles, engine.weights, engine.hub; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

@@ -12,9 +12,7 @@ from engine.profile import Component
 from engine.profiles import PROFILES
 from engine.published import FOLDER, differences, published_model, published_values
 
-MODELS = {
-    part.folder: part for profile in PROFILES.values() for part in profile.components if part.dtype is not None
-}
+MODELS = {part.folder: part for profile in PROFILES.values() for part in profile.components if part.dtype is not None}
 
 
 @cache
@@ -64,7 +62,7 @@ def test_row_states_the_bytes_that_the_bake_writes(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", MODELS)
 def test_row_keeps_in_fp32_what_the_library_keeps(folder: str) -> None:
-    """transformers applies its list to fp16 only (UMT5's `wo`), and none of ours is loaded in fp16 from such a class."""
+    """transformers applies its list to fp16 only (`wo` of UMT5), and no such class of ours is in fp16."""
     component = MODELS[folder]
     if component.library == "diffusers":
         assert component.keep_fp32 == tuple(library_class(component)._keep_in_fp32_modules or ())
@@ -94,7 +92,8 @@ def test_umt5_table_is_stored_once() -> None:
 
 
 def test_execution_order_puts_blocks_in_order_and_the_head_last() -> None:
-    names = execution_order(list(stored_shapes(MODELS["wan22_i2v_svi/transformer"], model("wan22_i2v_svi/transformer"))))
+    folder = "wan22_i2v_svi/transformer"
+    names = execution_order(list(stored_shapes(MODELS[folder], model(folder))))
     blocks = [int(name.split(".")[1]) for name in names if name.startswith("blocks.")]
     assert blocks == sorted(blocks)
     assert names[0] == "patch_embedding.weight"

@@ -48,7 +48,8 @@ def test_grid_refuses_what_it_would_have_to_ignore():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "expected"), [(883, "HHLLLL"), (900, "HHLLLL"), (875, "HHHLLL"), (953, "HLLLLL"), (5, "HHHHHL")]
+    ("threshold", "expected"),
+    [(883, "HHLLLL"), (900, "HHLLLL"), (875, "HHHLLL"), (953, "HLLLLL"), (5, "HHHHHL")],
 )
 def test_row_12_threshold_decides_which_expert_runs(threshold, expected):
     assert letters(split_at(SIX, threshold)) == expected
@@ -99,9 +100,9 @@ def test_explicit_counts_that_leave_an_expert_out_are_refused(high, low, field):
 def test_step_returns_fp32_for_a_bf16_model():
     scheduler = ReferenceEuler(shift=5.0)
     scheduler.set_timesteps(6)
-    sample = torch.ones(1, 1)
+    velocity = torch.ones(1, 1, dtype=torch.bfloat16)
 
-    stepped = scheduler.step(torch.ones(1, 1, dtype=torch.bfloat16), scheduler.timesteps[0], sample).prev_sample
+    stepped = scheduler.step(velocity, scheduler.timesteps[0], torch.ones(1, 1)).prev_sample
 
     assert stepped.dtype == torch.float32
     assert stepped.item() == pytest.approx(1.0 + 0.9524376 - 1.0, abs=1e-6)

@@ -117,7 +117,11 @@ def test_files_refuses_a_file_that_is_cut_short(tmp_path: Path) -> None:
         (["model.safetensors", "config.json"], None, ["model.safetensors"]),
         (["model.fp16.safetensors", "model.safetensors"], "fp16", ["model.fp16.safetensors"]),
         (["model.fp16.safetensors"], None, []),
-        (["diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors"], None, ["diffusion_pytorch_model.safetensors"]),
+        (
+            ["diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors"],
+            None,
+            ["diffusion_pytorch_model.safetensors"],
+        ),
         (
             ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],
             None,

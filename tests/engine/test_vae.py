@@ -11,7 +11,7 @@ def vae():
 
 
 def first_frame_chunks_encode(vae, video):
-    """A straight-line encoder: frame 0, then fours with the running features, then the last frame with none."""
+    """A straight-line encoder: frame 0, then fours with the running features, the last frame with none."""
     features = [None] * vae._cached_conv_counts["encoder"]
     parts = [vae.encoder(video[:, :, :1], feat_cache=features, feat_idx=[0])]
     for first in range(1, video.shape[2] - 1, 4):
@@ -162,7 +162,8 @@ def test_end_single_decode_differs_from_the_causal_stream_only_in_the_last_laten
 
 
 @pytest.mark.parametrize(
-    ("latent_frames", "plain", "end_single"), [(2, 5, 2), (5, 17, 14), (20, 77, 74), (21, 81, 78), (22, 85, 82)]
+    ("latent_frames", "plain", "end_single"),
+    [(2, 5, 2), (5, 17, 14), (20, 77, 74), (21, 81, 78), (22, 85, 82)],
 )
 def test_row_09_decode_counts(vae, latent_frames, plain, end_single):
     latents = noise(latent_frames, height=1, width=1)

@@ -59,7 +59,7 @@ FULL: dict[str, dict[str, Any]] = {
         "negative_prompt": "blur",
         "svi2pro": True,
         "layout": "svi_latent",
-        "video_length": 233,
+        "video_length": 225,
         "segments": 3,
         "overlap": 8,
         "fps": 24,
@@ -78,4 +78,4 @@ FULL: dict[str, dict[str, Any]] = {
         "state": "U1ZJUw==",
     },
 }
-"""Every field but those that exclude each other: prompts (prompt), prefix_video (state), switch_threshold (steps)."""
+"""Every field but those that exclude others: prompts, prefix_video, switch_threshold."""

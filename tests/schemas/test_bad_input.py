@@ -1,16 +1,19 @@
 """What is refused, in the caller's own words: each sentence is written out, since people act on it."""
 
+from datetime import date
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from schemas.errors import InvalidInput
 from schemas.input_schema import parse_request
+from schemas.sentences import problems_of as problems_of_pydantic
 from tests.schemas.payloads import LEAST
 
 FIELDS_OF_VIDEO = (
-    "the fields of mode video are mode, seed, image_url, prompt, negative_prompt, num_frames, fps, height, width, "
-    "num_inference_steps, guidance_scale"
+    "the fields of mode video are mode, image_url, prompt, negative_prompt, num_frames, fps, height, "
+    "width, num_inference_steps, guidance_scale, seed"
 )
 
 
@@ -83,16 +86,16 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
         "image",
         "strength",
         0.01,
-        "strength: must leave the refiner a step, got 0.01 of 50 refiner_inference_steps; their product must be 1 or "
-        "more",
+        "strength: must leave the refiner a step, got 0.01 of 50 refiner_inference_steps; their product "
+        "must be 1 or more",
     ),
     ("image", "high_noise_frac", [0.8], "high_noise_frac: must be a number, got a list of 1"),
     (
         "image",
         "scheduler",
         "EULER",
-        "scheduler: must be PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL, DPMSolverMultistep or DPMSolverSinglestep, "
-        'got "EULER"; did you mean K_EULER?',
+        "scheduler: must be PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL, DPMSolverMultistep or "
+        'DPMSolverSinglestep, got "EULER"; did you mean K_EULER?',
     ),
     ("image", "output_format", "gif", 'output_format: must be png, jpeg or webp, got "gif"'),
     ("image", "quality", 0, "quality: must be at least 1, got 0"),
@@ -155,8 +158,8 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
         "svi_endframe",
         "resolution",
         "770x5",
-        "resolution: width must be a multiple of 16, got 770; the nearest are 768 and 784 and height must be a "
-        "multiple of 16 from 32 to 1280, got 5",
+        "resolution: width must be a multiple of 16, got 770; the nearest are 768 and 784; height must be "
+        "a multiple of 16 from 32 to 1280, got 5",
     ),
     ("svi_endframe", "image_refs", ["a", "b"], "image_refs: must hold 1 entry, got 2"),
     ("svi_endframe", "image_refs", "a", "image_refs: must be a list, got a string of 1 characters"),
@@ -190,7 +193,11 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "field", "value", "sentence"), BAD_FIELDS)
+@pytest.mark.parametrize(
+    ("mode", "field", "value", "sentence"),
+    BAD_FIELDS,
+    ids=[f"{mode}-{field}-{i}" for i, (mode, field, _, _) in enumerate(BAD_FIELDS)],
+)
 def test_parse_refuses_a_bad_field(mode: str, field: str, value: Any, sentence: str) -> None:
     assert problems_of({**LEAST[mode], field: value}) == [sentence]
 
@@ -284,6 +291,15 @@ def test_parse_joins_all_problems_in_the_sentence_of_the_error() -> None:
     with pytest.raises(InvalidInput) as caught:
         parse_request({"prompt": 5, "seed": "x"})
     assert caught.value.sentence == 'prompt: must be a string, got 5; seed: must be a whole number, got "x"'
+
+
+def test_error_of_a_kind_that_no_sentence_is_written_for_is_still_a_sentence() -> None:
+    class Other(BaseModel):
+        day: date
+
+    with pytest.raises(ValidationError) as caught:
+        Other(day="tomorrow")
+    assert list(map(str, problems_of_pydantic(caught.value, Other))) == ['day: is not valid, got "tomorrow"']
 
 
 def test_parse_never_repeats_a_prompt_or_picture() -> None:

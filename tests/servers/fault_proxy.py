@@ -66,6 +66,13 @@ class FaultProxy:
         """Break the next `times` requests whose "METHOD target" matches the regular expression."""
         self._faults.extend([(fault, matching)] * times)
 
+    def reset(self) -> None:
+        """As new, but for the port."""
+        self._faults.clear()
+        self.requests.clear()
+        self.bytes_per_s = None
+        self.rewrite_head = bytes
+
     @property
     def pending_faults(self) -> int:
         return len(self._faults)

@@ -79,7 +79,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+        def do_GET(self) -> None:
             hub.calls.append(self.path)
             path = self.path.partition("?")[0]
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):

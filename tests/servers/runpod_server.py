@@ -5,6 +5,7 @@ Use as a context manager. The worker's addresses are in `environment()`. Everyth
 """
 
 import json
+import socket
 import threading
 import time
 from collections import deque
@@ -96,9 +97,7 @@ class RunPodServer:
         with self._changed:
             return [e for e in self.events if e.kind == kind and job_id in (None, e.job_id)]
 
-    def wait_for(
-        self, kind: str, job_id: str | None = None, count: int = 1, timeout_s: float = 20.0
-    ) -> Event:
+    def wait_for(self, kind: str, job_id: str | None = None, count: int = 1, timeout_s: float = 20.0) -> Event:
         """Return the `count`-th such event, and wait for it if it has not come.
 
         Raises:
@@ -112,9 +111,7 @@ class RunPodServer:
                     return found[count - 1]
                 if not self._changed.wait(deadline - time.monotonic()):
                     seen = [(e.kind, e.job_id) for e in self.events if e.kind != "ping"]
-                    raise TimeoutError(
-                        f"{len(found)} of {count} {kind} {job_id or ''} after {timeout_s} s: {seen}"
-                    )
+                    raise TimeoutError(f"{len(found)} of {count} {kind} {job_id or ''} after {timeout_s} s: {seen}")
 
     def result(self, job_id: str, timeout_s: float = 20.0) -> dict[str, Any]:
         """Return what the worker posted as the job's result."""
@@ -182,7 +179,7 @@ def _handler(server: RunPodServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     server.record("refused", job_id, kind)
                     time.sleep(fault.delay_s)
-                    self._reply(fault.status, {}) if fault.status else self.connection.close()
+                    self._reply(fault.status, {}) if fault.status else self._cut()
 
         def _hand_out(self) -> None:
             server.record("take")
@@ -194,11 +191,15 @@ def _handler(server: RunPodServer) -> type[BaseHTTPRequestHandler]:
             server.record("hand_out", job["id"])
             self._reply(200, job)
 
+        def _cut(self) -> None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
         def _is_gone(self) -> bool:
             """Whether the worker has closed the connection; only then is there something to read: its end."""
             self.connection.setblocking(False)
             try:
-                return self.connection.recv(1, 2) == b""  # 2: MSG_PEEK
+                return self.connection.recv(1, socket.MSG_PEEK) == b""
             except BlockingIOError:
                 return False
             except OSError:

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 ACCESS_KEY = "test:tester"  # tempauth: account and user
 SECRET_KEY = "testing"
@@ -136,13 +134,6 @@ def shift_clock(offset_s: float) -> None:
         true_gmtime = time.gmtime
         time.time = lambda: true_time() + offset_s
         time.gmtime = lambda seconds=None: true_gmtime(time.time() if seconds is None else seconds)
-
-
-@pytest.fixture(scope="session")
-def swift() -> Iterator[Swift]:
-    """One store for the whole test run; each test makes its own bucket."""
-    with running_swift() as store:
-        yield store
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.servers.runpod_server import RunPodServer
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class WorkerProcess:
     process: subprocess.Popen[bytes]
     log_path: Path
+    orphans: list[int] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -28,6 +29,9 @@ class WorkerProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        """Send SIGKILL to the worker alone, and remember its children, which may outlive it."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        self.orphans += [int(child) for child in children]
         self.process.kill()
 
     def wait(self, timeout_s: float = 20.0) -> int:
@@ -71,3 +75,6 @@ def start_worker(
     finally:
         process.kill()
         process.wait()
+        for orphan in worker.orphans:
+            with suppress(ProcessLookupError):
+                os.kill(orphan, signal.SIGKILL)

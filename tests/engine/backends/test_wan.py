@@ -21,9 +21,13 @@ SMALL = {"mode": "video", "prompt": "a fox runs", "height": 64, "width": 96, "nu
 
 
 @pytest.fixture(scope="module")
-def wan(twins: Any) -> Wan:
-    baked = weights.locate(profiles.PROFILES["wan21_i2v_480p"], Settings(weights_dir=twins))
-    return Wan(baked.profile, baked.parts(), "cpu", 2**40)
+def parts(twins: Any) -> weights.Parts:
+    return weights.locate(profiles.PROFILES["wan21_i2v_480p"], Settings(weights_dir=twins)).parts()
+
+
+@pytest.fixture(scope="module")
+def wan(parts: weights.Parts) -> Wan:
+    return Wan(parts.profile, parts, "cpu", 2**40)
 
 
 def task(wan: Wan, payload: dict[str, Any], seed: int = 7) -> Task:
@@ -35,13 +39,11 @@ def frames_of(frames: Frames) -> np.ndarray:
     return np.concatenate(list(frames.chunks))
 
 
-def by_hand(wan: Wan, payload: dict[str, Any], seed: int = 7) -> torch.Tensor:
+def by_hand(parts: weights.Parts, payload: dict[str, Any], seed: int = 7) -> torch.Tensor:
     """Plain diffusers from the same parts: (F, 3, H, W) float in [0, 1]."""
     from diffusers import WanImageToVideoPipeline
 
-    parts = dict(wan._parts)
-    parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
-    pipeline = WanImageToVideoPipeline(**parts)
+    pipeline = WanImageToVideoPipeline(**{part.name: parts.load(part.name) for part in parts.profile.components})
     request = parse_request({**payload, "image_url": "data:,"})
     video: torch.Tensor = pipeline(
         image=fit_picture(photo(128, 160), 64, 96), prompt=request.prompt, negative_prompt=request.negative_prompt,
@@ -53,13 +55,13 @@ def by_hand(wan: Wan, payload: dict[str, Any], seed: int = 7) -> torch.Tensor:
 
 @pytest.mark.parametrize("extra", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "blurry", "num_frames": 5}])
 def test_video_equals_plain_diffusers_bit_for_bit(
-    wan: Wan, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    wan: Wan, parts: weights.Parts, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.backends.wan.to_uint8", lambda chunk: chunk)  # the floats, before they become bytes
     payload = {**SMALL, **extra}
     chunks = list(wan.generate(task(wan, payload), Progress()).chunks)
     ours = (torch.cat(chunks, dim=1).transpose(0, 1) / 2 + 0.5).clamp(0, 1)  # as diffusers' VideoProcessor scales
-    assert torch.equal(ours, by_hand(wan, payload))
+    assert torch.equal(ours, by_hand(parts, payload))
 
 
 def test_size_follows_the_pictures_aspect(wan: Wan) -> None:
@@ -81,3 +83,14 @@ def test_progress_and_cancel_are_per_step(wan: Wan) -> None:
     progress = Progress(lambda update: progress.cancelled.set() if update.step == 1 else None)
     with pytest.raises(Cancelled):
         wan.generate(task(wan, SMALL), progress)
+
+
+def test_known_prompt_and_picture_ask_no_encoder(wan: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames_of(wan.generate(task(wan, SMALL), Progress()))
+
+    def refuse() -> None:
+        pytest.fail("an encoder was called")
+
+    monkeypatch.setattr(wan._prompts, "_use_encoder", refuse)
+    monkeypatch.setattr(wan._pictures, "_use_encoder", refuse)
+    frames_of(wan.generate(task(wan, SMALL), Progress()))

@@ -1,0 +1,239 @@
+"""Which attention kernel a video transformer uses, and the proof that it works on this card.
+
+Why. Self-attention is half of a forward at 832x480x81 and three quarters at 1280x720x81, and kernels differ
+by a factor of two. On an H200, at 32,760 tokens, 40 heads of 128, bf16: flash-attn-4 675 TFLOP/s, cuDNN
+574, SageAttention 441, FlashAttention-2 359. Packages for other builds of torch or other cards fail in
+every way there is, from ImportError to black frames. So a kernel is chosen by a table and then has to prove
+itself: it is compared with float32 at a small and at the real head size, self- and cross-attention, before
+anything is generated with it.
+
+How. Packages are called through one custom operator with a shape function, so that a compiled block holds
+no graph break. The kernel belongs to the model: a processor of our own carries it. diffusers'
+set_attention_backend would also set a default for every other model of the process.
+
+Kinds. Apart from `sage`, which rounds queries and keys to 8 bits, all kernels compute the same mathematics
+in another order. `sage` is never chosen unless it is asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from schemas.errors import SettingsError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""query (b, n, heads, d), key and value (b, m, heads, d) -> (b, n, heads, d)."""
+
+TEXT_TOKENS = 512  # of UMT5 in Wan; image tokens stand before them (WanAttnProcessor in transformer_wan.py)
+# Self-attention small and with the real heads, and cross-attention to the text: (tokens, keys, heads, d).
+SHAPES = ((64, 64, 2, 64), (1024, 1024, 40, 128), (1024, TEXT_TOKENS, 40, 128))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation. `capabilities`: from, and below, the card's compute capability; None: any device.
+
+    `tolerance`: largest relative error against float32. bf16 kernels err by 0.003; twice that is a wrong one.
+    """
+
+    attend: Attend
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None
+    tolerance: float = 0.01
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _native(query, key, value)
+
+
+# name -> (module, function, keyword arguments). All take (b, n, heads, d); some also return the log-sum-exp.
+PACKAGES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "flash4": ("flash_attn.cute", "flash_attn_func", {}),
+    "flash2": ("flash_attn", "flash_attn_func", {}),
+    "sage": ("sageattention", "sageattn", {"tensor_layout": "NHD"}),
+    "xformers": ("xformers.ops", "memory_efficient_attention", {}),
+}
+
+
+@cache
+def _package_function(package: str) -> Callable[..., Any]:
+    module, name, _ = PACKAGES[package]
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+@torch.library.custom_op("svi_worker::attend", mutates_args=())
+def _attend_with(package: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out = _package_function(package)(query, key, value, **PACKAGES[package][2])
+    return (out[0] if isinstance(out, tuple) else out).contiguous()
+
+
+@_attend_with.register_fake
+def _(package: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
+    return query.new_empty(query.shape)
+
+
+def _package(name: str) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _attend_with(name, query, key, value)
+
+    return attend
+
+
+AMPERE, HOPPER, BLACKWELL, BEYOND = (8, 0), (9, 0), (10, 0), (13, 0)
+
+KERNELS: Mapping[str, Kernel] = {
+    "flash4": Kernel(_package("flash4"), (AMPERE, BEYOND)),
+    "cudnn": Kernel(_cudnn, (AMPERE, BEYOND)),
+    "flash2": Kernel(_package("flash2"), (AMPERE, BLACKWELL)),
+    "sage": Kernel(_package("sage"), (AMPERE, BEYOND), tolerance=0.05),
+    "xformers": Kernel(_package("xformers"), ((7, 0), BEYOND)),
+    "native": Kernel(_native, None),
+}
+
+# By the card's major version, fastest first. 9: measured (above). 8: torch's own kernel is FlashAttention-2,
+# nothing else has been measured there. 10 and 12: the kernels' own reports.
+ORDER: Mapping[int, tuple[str, ...]] = {
+    8: ("native",),
+    9: ("flash4", "cudnn", "flash2", "native"),
+    10: ("flash4", "cudnn", "native"),
+    12: ("flash4", "cudnn", "native"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel to use, and a sentence for each faster or wanted one that is not."""
+
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def choose(device: str, wanted: str | None = None, kernels: Mapping[str, Kernel] = KERNELS) -> Choice:
+    """The first kernel that passes its self-test: `wanted`, then the table's order for this card, then
+    native.
+
+    Raises:
+        SettingsError: `wanted` is no kernel at all.
+    """
+    if wanted is not None and wanted not in kernels:
+        raise SettingsError(f"WORKER_ATTENTION is {wanted!r}, not one of {', '.join(kernels)}")
+    capability = torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
+    order = ORDER.get(capability[0], ("native",)) if capability else ("native",)
+    notes: list[str] = []
+    for name in dict.fromkeys([wanted, *order] if wanted else order):
+        problem = _problem(kernels[name], device, capability)
+        if problem is None:
+            return Choice(name, tuple(notes))
+        notes.append(f"attention kernel {name} is not used: {problem}")
+    return Choice("native", tuple(notes))
+
+
+def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) -> str | None:
+    if kernel.capabilities is None:
+        return None  # torch's own kernel is what would be left in any case
+    if capability is None:
+        return "the device is no CUDA card"
+    first, beyond = kernel.capabilities
+    if not first <= capability < beyond:
+        return f"compute capability {capability[0]}.{capability[1]} is not supported"
+    try:
+        worst = max(relative_error(kernel.attend, device, *shape) for shape in SHAPES)
+    except Exception as error:  # noqa: BLE001 a foreign package may raise anything while it is imported or compiled
+        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return None if worst <= kernel.tolerance else f"its result is off (relative error {worst:.3f})"
+
+
+def relative_error(attend: Attend, device: str, tokens: int, keys: int, heads: int, width: int) -> float:
+    """|out - reference| / |reference| of a bf16 kernel against float32; infinite if anything is not
+    finite."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = (tokens, keys, keys)
+    # Twice the usual spread gives a peaked softmax: a kernel that mixes rows up is far off, not a little.
+    query, key, value = (
+        (2 * torch.randn(1, n, heads, width, generator=generator)).to(device, torch.bfloat16) for n in sizes
+    )
+    out = attend(query, key, value).double()
+    q, k, v = (x.float().transpose(1, 2) for x in (query, key, value))
+    weights = torch.softmax(q @ k.transpose(2, 3) / width**0.5, dim=-1)
+    reference = (weights @ v).transpose(1, 2).double()
+    error = (out - reference).norm() / reference.norm()
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+class WanProcessor:
+    """Attention of a Wan block with one kernel. The arithmetic around it is that of diffusers'
+    WanAttnProcessor."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(b, n, dim) -> (b, n, dim). Context, if any: (b, image tokens + 512, dim).
+
+        Raises:
+            ValueError: a mask. Wan uses none, and not every kernel could honour one.
+        """
+        if attention_mask is not None:
+            raise ValueError("Wan attention takes no mask")
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        image, text = None, context
+        if attn.add_k_proj is not None:
+            image, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(text).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        out = self._attend(query, key, value).flatten(2, 3).type_as(query)
+        if image is not None:
+            image_key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
+            image_value = attn.add_v_proj(image).unflatten(2, (attn.heads, -1))
+            out = out + self._attend(query, image_key, image_value).flatten(2, 3).type_as(query)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return projected
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of features by its angle. x: (b, n, heads, d); cos, sin: (1, n, 1, d), each angle
+    twice."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def install(transformer: nn.Module, name: str) -> int:
+    """Make `transformer`, and no other model, use the kernel; returns how many attention layers that are.
+
+    Raises:
+        ValueError: it has no Wan attention.
+    """
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, WanAttention)]
+    if not layers:
+        raise ValueError(
+            f"{type(transformer).__name__} has no attention layer that this kernel could go into"
+        )
+    for layer in layers:
+        layer.set_processor(WanProcessor(KERNELS[name].attend))
+    return len(layers)

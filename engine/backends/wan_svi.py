@@ -1,0 +1,221 @@
+"""Wan2.2 image-to-video on two experts, with SVI 2.0 Pro and an end picture: one clip, or a chain of clips.
+
+All clips are denoised first and decoded afterwards. Latents are small, 8 MB a clip; a failure is known before
+the first frame is written; and the experts have done their work when the VAE begins.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.backends import Task
+from engine.chain import Clip, Wish, keep, motion_after, plan, returned_frames
+from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
+from engine.conditioning import LAYOUTS, Filling, Given, condition
+from engine.denoise import ExpertSource, Prompts, denoise
+from engine.frames import to_uint8
+from engine.geometry import VAE_STRIDE_S, VAE_STRIDE_T, LatentShape, VideoShape
+from engine.memo_encode import MemoEncoder
+from engine.outputs import Frames
+from engine.placing import place
+from engine.profile import EXPERTS, Profile
+from engine.progress import Progress
+from engine.scheduler import ReferenceEuler
+from engine.svi_scene import Scene, read_scene, scene_size
+from engine.svi_schedule import Schedule, schedule_for
+from engine.svi_strengths import with_strengths
+from engine.text import MAX_TOKENS, PromptEncoder
+from engine.vae import decode_chunks, decode_end_single, encode_norm
+from engine.weights import Parts
+from schemas.svi_schema import SviEndframeRequest
+
+TRAINED_LATENT_FRAMES = 21  # of 81 pixel frames
+
+Film = list[tuple[Clip, Tensor]]
+"""Clips with their final latents (1, z, T, h, w), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request as it will run. Another request is another job; none changes the backend."""
+
+    request: SviEndframeRequest
+    profile: Profile
+    seed: int
+    state: ChainState | None
+    height: int
+    width: int
+    schedule: Schedule
+    clips: tuple[Clip, ...]
+    experts: ExpertSource
+
+    @property
+    def motion_frames(self) -> int:
+        """Latent frames that one clip hands to the next."""
+        return self.request.overlap // VAE_STRIDE_T
+
+    def latent(self, frames: int) -> LatentShape:
+        return LatentShape(frames, self.height // VAE_STRIDE_S, self.width // VAE_STRIDE_S)
+
+
+class WanSvi:
+    """Both experts, the VAE and the text encoder, each where the plan for this card puts it."""
+
+    def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:
+        self.profile = profile
+        self._parts = parts
+        self._device = torch.device(device)
+        self._vae = parts.load("vae", device)
+        self._memo = MemoEncoder(self._vae)
+        experts = {name: EXPERTS[name] for name in ("high", "low")}
+        self._placed = place(profile, parts, self._device, budget_bytes, experts)
+        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
+
+    @torch.inference_mode()
+    def generate(self, task: Task, progress: Progress) -> Frames:
+        job = self._job(task)
+        scene = read_scene(job.request, task.pictures, job.height, job.width)
+        with progress.stage("encode"):
+            prompts, notes = self._embed(job)
+            given = self._given(job, scene)
+        with progress.stage("denoise", job.schedule.steps * len(job.clips)) as step:
+            film = self._denoise(job, given, prompts, step)
+        after = ChainState(
+            motion=motion_after(*film[-1], job.request.overlap),
+            seed=job.seed,
+            next_index=job.clips[-1].index + 1,
+            anchor_sha256=anchor_digest(scene.given.anchor),
+        )
+        packed = pack_state(after) if job.request.return_state else None
+        return Frames(
+            self._decoded(film, progress),
+            VideoShape(returned_frames(job.clips), job.height, job.width),
+            job.request.fps,
+            (*_notes(job, after), *notes),
+            lambda: packed,
+        )
+
+    def unload(self) -> None:
+        self._placed.unload()
+        del self._vae, self._memo, self._placed, self._prompts
+
+    def _job(self, task: Task) -> Job:
+        """Decide everything that can be decided, and refuse what cannot be, before any model works."""
+        request = cast(SviEndframeRequest, task.request)  # the profile's modes hold it
+        state = None if request.state is None else unpack_state(request.state)
+        height, width = scene_size(request, task.pictures, state, task.profile)
+        experts = with_strengths(self._placed.experts, task.profile, self._parts, request.loras_multipliers)
+        schedule = schedule_for(task.profile, request)
+        clips = plan(_wish(request, task.seed, state))
+        job = Job(request, task.profile, task.seed, state, height, width, schedule, clips, experts)
+        if state is not None:
+            check_fits(state, job.latent(job.motion_frames), self._vae.config.z_dim)
+        return job
+
+    def _embed(self, job: Job) -> tuple[list[Prompts], list[str]]:
+        """The embeddings of each clip's prompts, and what of them nobody reads."""
+        negative = None
+        if job.schedule.is_guided:
+            words = job.request.negative_prompt
+            words = job.profile.negative_prompt if words is None else words
+            negative = self._prompts.encode(words).hidden.to(self._device)
+        prompts, notes = [], []
+        for clip in job.clips:
+            embedding = self._prompts.encode(clip.prompt)
+            prompts.append(Prompts(embedding.hidden.to(self._device), negative))
+            if embedding.unread_tokens:
+                notes.append(
+                    f"the prompt of clip {clip.index} is {embedding.tokens} tokens long; "
+                    f"the model reads the first {MAX_TOKENS}"
+                )
+        return prompts, notes
+
+    def _given(self, job: Job, scene: Scene) -> Given:
+        """The scene on the card, with the motion latents that the first clip goes on from."""
+        anchor, start, end = scene.given.anchor, scene.given.start, scene.given.end
+        motion = None if job.state is None else job.state.motion.to(self._device)
+        if scene.prefix is not None:
+            motion = self._encode(scene.prefix)[:, :, -job.motion_frames :]
+        return Given(
+            anchor.to(self._device),
+            start.to(self._device),
+            None if end is None else end.to(self._device),
+            motion,
+        )
+
+    def _denoise(self, job: Job, given: Given, prompts: list[Prompts], step: Callable[[], None]) -> Film:
+        """Run the clips one after the other, each on the motion of the one before."""
+        film: Film = []
+        for clip, prompt in zip(job.clips, prompts, strict=True):
+            layout = LAYOUTS[clip.layout]
+            generator = torch.Generator("cpu").manual_seed(clip.seed)
+            shape = (1, self._vae.config.z_dim, *job.latent(clip.latent_frames))
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
+            shown = given if layout.needs_end else replace(given, end=None)
+            filling = Filling(job.request.empty_frames, generator)
+            y = condition(clip.layout, clip.latent_frames, shown, self._encode, filling)
+            latents = denoise(
+                noise,
+                y,
+                prompt,
+                job.schedule.phases,
+                ReferenceEuler(shift=job.schedule.flow_shift),
+                job.experts,
+                lambda *_: step(),
+            )
+            if layout.end_alone and job.request.lock_end is not False:
+                latents = torch.cat([latents[:, :, :-1], y[:, 4:, -1:]], dim=2)  # y ends on E(end)
+            given = replace(given, motion=motion_after(clip, latents, job.request.overlap))
+            film.append((clip, latents.cpu()))
+        return film
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return encode_norm(self._vae, pixels, self._memo.encode)
+
+    @torch.inference_mode()
+    def _decoded(self, film: Film, progress: Progress) -> Iterator[np.ndarray]:
+        """Decode and join: uint8 (f, height, width, 3), a latent frame at a time."""
+        with progress.stage("decode", sum(latents.shape[2] for _, latents in film)) as step:
+            for clip, latents in film:
+                decode = decode_end_single if LAYOUTS[clip.layout].end_alone else decode_chunks
+                for chunk in keep(_counted(decode(self._vae, latents), step), clip.kept):
+                    yield to_uint8(chunk[0])
+
+
+def _wish(request: SviEndframeRequest, seed: int, state: ChainState | None) -> Wish:
+    return Wish(
+        frames=request.total_frames,
+        prompts=request.clip_prompts,
+        seed=seed,
+        layout=request.chosen_layout,
+        policy=request.frame_policy,
+        segments=request.segments,
+        overlap=request.overlap,
+        continues=state is not None or request.prefix_video is not None,
+        first_index=0 if state is None else state.next_index,
+    )
+
+
+def _notes(job: Job, after: ChainState) -> Iterator[str]:
+    """What the caller should know about how it ran, beyond what the request itself told."""
+    yield from job.profile.settings.get("corrections", ())
+    last, state = job.clips[-1], job.state
+    if last.latent_frames > TRAINED_LATENT_FRAMES:
+        yield (
+            f"{last.frames} frames in layout {last.layout} take {last.latent_frames} latent frames, and the "
+            f"model was trained on {TRAINED_LATENT_FRAMES}; {last.frames - VAE_STRIDE_T} frames stay within"
+        )
+    if state is not None and state.seed != after.seed:
+        yield f"the state's chain has seed {state.seed}; this video goes on with seed {after.seed}"
+    if state is not None and state.anchor_sha256 != after.anchor_sha256:
+        yield "the anchor is not the one of the state's chain"
+
+
+def _counted(chunks: Iterable[Tensor], step: Callable[[], None]) -> Iterator[Tensor]:
+    for chunk in chunks:
+        yield chunk
+        step()

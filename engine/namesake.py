@@ -1,0 +1,50 @@
+"""Two packages share the name `flash_attn`; this keeps the younger one from breaking libraries that mean
+the older.
+
+flash-attn-4 installs a folder flash_attn/cute and no flash_attn/__init__.py. With it alone, `import
+flash_attn` works and gives an empty namespace. Libraries that find the name and then reach for
+FlashAttention-2's modules or version fail while diffusers is imported, and diffusers catches only
+ImportError. So the name is hidden for that one import; afterwards `flash_attn.cute` is there for whoever
+asks for it by its full name.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+NAME = "flash_attn"
+
+
+def import_diffusers() -> None:
+    """Import what looks for FlashAttention-2 in diffusers. Call it before anything else imports diffusers."""
+    with namesake_hidden():
+        importlib.import_module("diffusers.models.attention_dispatch")
+
+
+@contextmanager
+def namesake_hidden() -> Iterator[bool]:
+    """Inside the block `flash_attn` cannot be found, if it is the namesake; the value says whether it is."""
+    if not _is_namesake():
+        yield False
+        return
+    modules: dict[str, Any] = sys.modules
+    seen = modules.pop(NAME, None)
+    modules[NAME] = None  # the import system's own mark for "not there"
+    try:
+        yield True
+    finally:
+        del modules[NAME]
+        if seen is not None:
+            modules[NAME] = seen
+
+
+def _is_namesake() -> bool:
+    spec = PathFinder.find_spec(NAME)
+    if spec is None:
+        return False
+    folders = spec.submodule_search_locations or []
+    return not any((Path(folder) / "flash_attn_interface.py").exists() for folder in folders)

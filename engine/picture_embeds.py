@@ -1,0 +1,45 @@
+"""Pictures to CLIP embeddings, as Wan2.1 reads them, computed once a picture."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+
+class PictureEncoder:
+    """CLIP's picture encoder and a bounded memory of what it made.
+
+    The key is the picture's size and every byte of its pixels. `use_encoder` brings the encoder to where it computes
+    for the length of a block; a remembered picture never calls it.
+    """
+
+    def __init__(
+        self, processor: Any, use_encoder: Callable[[], AbstractContextManager[Any]], max_entries: int = 32
+    ) -> None:
+        self._processor = processor
+        self._use_encoder = use_encoder
+        self._max_entries = max_entries
+        self._remembered: OrderedDict[tuple[tuple[int, int], str], Tensor] = OrderedDict()
+
+    def encode(self, picture: Image.Image) -> Tensor:
+        """The hidden states before CLIP's last layer: (1, 257, 1280) on the CPU, of the encoder's dtype.
+
+        Source: WanImageToVideoPipeline.encode_image, to the last bit.
+        """
+        key = (picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
+        if key not in self._remembered:
+            self._remembered[key] = self._compute(picture)
+            if len(self._remembered) > self._max_entries:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(key)
+        return self._remembered[key]
+
+    def _compute(self, picture: Image.Image) -> Tensor:
+        pixels = self._processor(images=picture, return_tensors="pt").pixel_values
+        with self._use_encoder() as encoder:
+            states = encoder(pixel_values=pixels.to(encoder.device), output_hidden_states=True).hidden_states
+            return states[-2].cpu().clone()

@@ -1,0 +1,158 @@
+"""RunPod's handler on its own: one job at a time, out of the thread before anything else happens."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.runpod_jobs import Jobs, deadline_s
+from apps.runpod_watch import Limits
+from engine.progress import Progress
+from engine.settings import Settings
+from schemas.errors import GpuFault
+
+SETTINGS = Settings(output_dir=Path("output"), outbox_dir=Path("outbox"))
+
+
+def job(job_id: str = "job0", **asked: Any) -> dict[str, Any]:
+    return {"id": job_id, "input": asked}
+
+
+class Card:
+    """A `run` that notes when each job is on the card; steps of 20 ms."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+        self.started = threading.Event()
+
+    def __call__(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        self.notes.append(("on", job["id"]))
+        self.started.set()
+        try:
+            with progress.stage("denoise", job["input"].get("steps", 1)) as step:
+                for _ in range(job["input"].get("steps", 1)):
+                    time.sleep(0.02)
+                    step()
+            return {"done": job["id"]}
+        finally:
+            time.sleep(0.1)  # what is cleared away after a cancel still belongs to the job
+            self.notes.append(("off", job["id"]))
+
+
+def test_a_cancelled_job_is_off_the_card_before_its_task_ends() -> None:
+    async def cancel() -> None:
+        task = asyncio.create_task(jobs.answer(job(steps=500)))
+        await asyncio.to_thread(card.started.wait)
+        task.cancel()
+        await asyncio.sleep(0.03)
+        task.cancel()  # a second stop is no reason to leave early
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert card.notes == [("on", "job0"), ("off", "job0")]
+
+    card = Card()
+    jobs = Jobs(card, SETTINGS)
+    asyncio.run(asyncio.wait_for(cancel(), 5.0))
+
+
+def test_jobs_that_come_together_run_one_after_the_other() -> None:
+    async def both() -> list[dict[str, Any]]:
+        return await asyncio.gather(jobs.answer(job("a", steps=3)), jobs.answer(job("b", steps=3)))
+
+    card = Card()
+    jobs = Jobs(card, SETTINGS)
+    assert asyncio.run(both()) == [{"done": "a"}, {"done": "b"}]
+    assert card.notes == [("on", "a"), ("off", "a"), ("on", "b"), ("off", "b")]
+
+
+def test_the_same_job_that_comes_together_runs_once() -> None:
+    async def both() -> list[dict[str, Any]]:
+        return await asyncio.gather(jobs.answer(job("a")), jobs.answer(job("a")))
+
+    card = Card()
+    jobs = Jobs(card, SETTINGS)
+    assert asyncio.run(both()) == [{"done": "a"}, {"done": "a"}]
+    assert card.notes == [("on", "a"), ("off", "a")]
+
+
+def test_a_cancelled_job_runs_when_it_comes_again() -> None:
+    async def cancel_then_ask() -> dict[str, Any]:
+        task = asyncio.create_task(jobs.answer(job(steps=20)))
+        await asyncio.to_thread(card.started.wait)
+        task.cancel()
+        await asyncio.wait({task})
+        return await jobs.answer(job(steps=20))
+
+    card = Card()
+    jobs = Jobs(card, SETTINGS)
+    assert asyncio.run(cancel_then_ask()) == {"done": "job0"}
+
+
+def lose(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    raise GpuFault("the card is lost")
+
+
+def test_after_a_fault_no_job_runs_and_the_process_is_told_to_leave() -> None:
+    left: list[int] = []
+    jobs = Jobs(lose, SETTINGS, Limits(exit_s=1.5), leave=left.append)
+    first = asyncio.run(jobs.answer(job("a")))
+    second = asyncio.run(jobs.answer(job("b")))
+    assert first["refresh_worker"] is True
+    assert (second["code"], second["retryable"]) == ("worker_shutdown", True)
+    assert left == []
+    deadline = time.monotonic() + 10.0
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == [1]
+
+
+def test_an_ordinary_failure_leaves_the_worker_alone() -> None:
+    def fail(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        raise RuntimeError("CUDA error: out of luck")
+
+    left: list[int] = []
+    jobs = Jobs(fail, SETTINGS, Limits(exit_s=0.0), leave=left.append)
+    assert asyncio.run(jobs.answer(job()))["code"] == "internal"
+    assert jobs.is_faulty is False
+    assert left == []
+
+
+def test_progress_is_posted_under_the_jobs_id() -> None:
+    async def post(job_id: str, update: dict[str, Any]) -> None:
+        posts.append((job_id, update["stage"]))
+
+    posts: list[tuple[str, str]] = []
+    jobs = Jobs(Card(), SETTINGS)
+    jobs.post = post
+    asyncio.run(jobs.answer(job("a", steps=5)))
+    assert posts == [("a", "denoise")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "operator_s", "expected_s"),
+    [
+        (None, None, None),
+        (None, 300.0, 300.0),
+        ({"executionTimeout": 600_000}, None, 590.0),
+        ({"executionTimeout": 600_000}, 300.0, 300.0),
+        ({"executionTimeout": 60_000}, 300.0, 50.0),
+        ({"executionTimeout": 20_000}, None, None),
+        ({"executionTimeout": "600000"}, None, None),
+        ({"executionTimeout": True}, None, None),
+        ({}, 300.0, 300.0),
+        ("fast", 300.0, 300.0),
+    ],
+)
+def test_the_deadline_is_the_sooner_of_the_operators_and_the_requests(
+    policy: object, operator_s: float | None, expected_s: float | None
+) -> None:
+    settings = Settings(deadline_s=operator_s)
+    assert deadline_s({"id": "a", "input": {}, "policy": policy}, settings) == expected_s
+
+
+def test_a_job_past_its_deadline_is_answered_timeout() -> None:
+    jobs = Jobs(Card(), Settings(deadline_s=0.05))
+    assert asyncio.run(jobs.answer(job(steps=100)))["code"] == "timeout"

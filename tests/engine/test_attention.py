@@ -1,0 +1,203 @@
+"""Attention kernels: the processor equals diffusers', a bad kernel is found out, nothing leaks to other
+models."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine import attention
+from engine.attention import KERNELS, WanProcessor, choose, install, relative_error
+from engine.namesake import namesake_hidden
+from schemas.errors import SettingsError
+from tests.engine.tiny_wan import make_wan, wan_inputs
+
+
+def make_wan21() -> WanTransformer3DModel:
+    """With image context: added key and value projections, as Wan2.1 has them."""
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=36, text_dim=32,
+        freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32, image_dim=32, added_kv_proj_dim=32,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processor_equals_diffusers(dtype):
+    model = make_wan(0).to(dtype)
+    inputs = {name: x.to(dtype) for name, x in wan_inputs().items()}
+    with torch.inference_mode():
+        expected = model(**inputs).sample
+        assert install(model, "native") == 8
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_processor_equals_diffusers_with_image_context():
+    model = make_wan21()
+    inputs = {**wan_inputs(), "encoder_hidden_states_image": torch.randn(1, 257, 32)}
+    with torch.inference_mode():
+        expected = model(**inputs).sample
+        install(model, "native")
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_install_changes_one_model_and_no_default():
+    first, second = make_wan(0), make_wan(1)
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    install(first, "native")
+    assert {type(p) for p in first.attn_processors.values()} == {WanProcessor}
+    assert WanProcessor not in {type(p) for p in second.attn_processors.values()}
+    assert _AttentionBackendRegistry.get_active_backend()[0] == active
+
+
+def test_install_refuses_a_model_without_wan_attention():
+    with pytest.raises(ValueError, match="Linear"):
+        install(torch.nn.Linear(2, 2), "native")
+
+
+def test_processor_refuses_a_mask():
+    block = make_wan(0).blocks[0]
+    with pytest.raises(ValueError, match="mask"):
+        WanProcessor(KERNELS["native"].attend)(
+            block.attn1, torch.zeros(1, 4, 32), attention_mask=torch.zeros(1)
+        )
+
+
+def test_native_passes_the_self_test_at_every_shape():
+    assert max(relative_error(KERNELS["native"].attend, "cpu", *shape) for shape in attention.SHAPES) < 0.006
+
+
+def test_self_test_finds_a_kernel_that_is_wrong():
+    def shifted(query, key, value):
+        return KERNELS["native"].attend(query, key, value.roll(1, dims=1))
+
+    def scaled(query, key, value):
+        return KERNELS["native"].attend(query * 1.05, key, value)
+
+    def black(query, key, value):
+        return torch.full_like(query, float("nan"))
+
+    shape = attention.SHAPES[0]
+    assert relative_error(shifted, "cpu", *shape) > 0.5
+    assert relative_error(scaled, "cpu", *shape) > KERNELS["flash4"].tolerance
+    assert relative_error(black, "cpu", *shape) == float("inf")
+
+
+def test_choose_takes_native_on_a_cpu_without_a_word():
+    assert choose("cpu") == attention.Choice("native")
+
+
+def test_choose_says_why_a_wanted_kernel_is_not_used():
+    assert choose("cpu", "flash4").notes == (
+        "attention kernel flash4 is not used: the device is no CUDA card",
+    )
+
+
+def test_choose_refuses_an_unknown_name():
+    with pytest.raises(SettingsError, match="'flash', not one of flash4, cudnn"):
+        choose("cpu", "flash")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The choice as an H200 makes it, with the smallest self-test, computed on the CPU."""
+    monkeypatch.setattr(attention, "SHAPES", attention.SHAPES[:1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    on_card = attention.relative_error
+    monkeypatch.setattr(
+        attention, "relative_error", lambda attend, _device, *shape: on_card(attend, "cpu", *shape)
+    )
+
+
+def test_choose_takes_the_fastest_that_passes(hopper):
+    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    assert choose("cuda", kernels=right) == attention.Choice("flash4")
+    assert choose("cuda", "sage", kernels=right) == attention.Choice("sage")
+
+
+def test_choose_skips_a_kernel_whose_result_is_off(hopper):
+    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    wrong = replace(right["flash4"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
+    chosen = choose("cuda", kernels={**right, "flash4": wrong})
+    assert chosen.name == "cudnn"
+    assert chosen.notes == ("attention kernel flash4 is not used: its result is off (relative error 0.100)",)
+
+
+def test_choose_skips_packages_that_are_missing(hopper):
+    chosen = choose(
+        "cuda"
+    )  # neither flash-attn-4 nor FlashAttention-2 is installed here, and cuDNN needs a card
+    assert chosen.name == "native"
+    assert [note.split("(")[1].split(":")[0] for note in chosen.notes] == [
+        "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",
+    ]  # fmt: skip
+
+
+def test_choose_skips_what_the_card_is_too_old_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert choose("cuda", "flash4") == attention.Choice(
+        "native", ("attention kernel flash4 is not used: compute capability 7.5 is not supported",)
+    )
+
+
+def test_package_kernel_traces_to_one_graph_without_the_package():
+    torch._dynamo.reset()
+    compiled = torch.compile(KERNELS["flash4"].attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16, device="cuda")
+        out = compiled(x, x, x)
+    assert (out.shape, out.dtype) == ((1, 8, 2, 16), torch.bfloat16)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("flash_attn_func = len\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def test_namesake_is_hidden_for_the_block_only(site):
+    with namesake_hidden() as hidden:
+        assert hidden
+        with pytest.raises(ModuleNotFoundError):
+            __import__("flash_attn")
+    assert __import__("flash_attn.cute").cute.flash_attn_func is len
+
+
+def test_real_flash_attention_2_is_not_hidden(site):
+    (site / "flash_attn" / "__init__.py").write_text("__version__ = '2.8.3'\n")
+    (site / "flash_attn" / "flash_attn_interface.py").write_text("")
+    with namesake_hidden() as hidden:
+        assert not hidden
+        assert __import__("flash_attn").__version__ == "2.8.3"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("guard", "works"), [("import engine.namesake as n; n.import_diffusers();", True), ("", False)]
+)
+def test_diffusers_imports_beside_the_namesake(site, guard, works):
+    """xformers, as others do, reads flash_attn's version as soon as the name is there."""
+    (site / "xformers").mkdir()
+    (site / "xformers" / "__init__.py").write_text("")
+    (site / "xformers" / "ops.py").write_text(
+        "try:\n    import flash_attn\n    flash_attn.__version__\nexcept ImportError:\n    pass\n"
+    )
+    (site / "xformers-0.0.35.dist-info").mkdir()
+    (site / "xformers-0.0.35.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); {guard} "
+    code += "import diffusers.models.transformers.transformer_wan"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is works, done.stderr
+    if not works:
+        assert "AttributeError" in done.stderr

@@ -1,0 +1,106 @@
+"""A component loaded by us is the component that its library would load."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.parts import library_class, run_dtype, stored_dtype
+from engine.profile import Profile
+from engine.profiles import PROFILES
+from engine.settings import Settings
+from engine.weights import Parts, locate
+from schemas.errors import WeightsCorrupt
+
+MODELS = [
+    (profile, part.name)
+    for profile in (PROFILES["sdxl"], PROFILES["wan21_i2v_480p"], PROFILES["wan22_i2v_svi"])
+    for part in profile.components
+    if part.dtype is not None
+]
+
+
+def parts_of(profile: Profile, twins: Path) -> Parts:
+    return locate(profile, Settings(weights_dir=twins)).parts()
+
+
+def by_library(profile: Profile, name: str, twins: Path) -> Any:
+    """What the library's own from_pretrained makes of our folder, in the dtype that we compute in on a CPU."""
+    part = profile.component(name)
+    dtype = torch.bfloat16 if part.dtype == "bf16" else torch.float32
+    model = library_class(part).from_pretrained(twins / part.folder, torch_dtype=dtype, local_files_only=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("profile", "name"), MODELS, ids=lambda value: getattr(value, "name", value))
+def test_load_equals_the_librarys_own(profile: Profile, name: str, twins: Path) -> None:
+    ours, theirs = parts_of(profile, twins).load(name), by_library(profile, name, twins)
+    assert type(ours) is type(theirs)
+    mine, other = (dict(model.named_parameters()) | dict(model.named_buffers()) for model in (ours, theirs))
+    assert mine.keys() == other.keys()
+    for key in mine:
+        assert mine[key].dtype == other[key].dtype, key
+        assert torch.equal(mine[key], other[key]), key
+
+
+@pytest.mark.parametrize(("profile", "name"), MODELS, ids=lambda value: getattr(value, "name", value))
+def test_load_gives_a_model_ready_for_inference(profile: Profile, name: str, twins: Path) -> None:
+    model = parts_of(profile, twins).load(name)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+def test_load_ties_the_text_encoders_table(twins: Path) -> None:
+    model = parts_of(PROFILES["wan21_i2v_480p"], twins).load("text_encoder")
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+
+
+def test_load_makes_a_new_object_each_time(twins: Path) -> None:
+    parts = parts_of(PROFILES["sdxl"], twins)
+    first = parts.load("vae")
+    with torch.no_grad():
+        first.encoder.conv_in.weight.zero_()
+    assert parts.load("vae").encoder.conv_in.weight.abs().sum() > 0
+
+
+def test_load_reads_tokenizers_processors_and_schedulers(twins: Path) -> None:
+    parts = parts_of(PROFILES["wan21_i2v_480p"], twins)
+    assert parts.load("tokenizer")("a red fox").input_ids[-1] == 1
+    assert parts.load("image_processor").size == {"shortest_edge": 224}
+    assert parts.load("scheduler").config.flow_shift == 3.0
+
+
+def test_load_refuses_a_name_that_the_profile_does_not_have(twins: Path) -> None:
+    with pytest.raises(KeyError, match="transformer"):
+        parts_of(PROFILES["sdxl"], twins).load("transformer")
+
+
+def test_load_refuses_files_that_do_not_fit_the_configuration(twins: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(twins, tmp_path / "twins"))
+    config = root / "sdxl/vae/config.json"
+    text = config.read_text()
+    config.write_text(json.dumps({**json.loads(text), "latent_channels": 8}).ljust(len(text))[: len(text)])
+    with pytest.raises(WeightsCorrupt, match=r"vae: .* is missing or of another shape"):
+        parts_of(PROFILES["sdxl"], root).load("vae")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.float16), ("cuda:0", torch.float16)]
+)
+def test_fp16_runs_as_fp32_on_a_cpu_only(device: str, dtype: torch.dtype) -> None:
+    assert run_dtype(PROFILES["sdxl"].component("unet"), "conv_in.weight", device) == dtype
+
+
+def test_bf16_runs_as_stored_on_a_cpu() -> None:
+    component = PROFILES["wan22_i2v_svi"].component("transformer")
+    assert run_dtype(component, "blocks.0.attn1.to_q.weight", "cpu") == torch.bfloat16
+    assert run_dtype(component, "blocks.0.norm2.weight", "cpu") == torch.float32
+
+
+def test_stored_dtype_is_refused_for_what_holds_no_tensors() -> None:
+    with pytest.raises(ValueError, match="tokenizer holds no tensors"):
+        stored_dtype(PROFILES["sdxl"].component("tokenizer"), "x")

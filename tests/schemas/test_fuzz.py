@@ -1,0 +1,104 @@
+"""Whatever is posted, the answer is a request or InvalidInput with sentences that can be sent."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from schemas.errors import InvalidInput, error_response
+from schemas.input_schema import INPUT_SCHEMA, effective, media_fields, parse_request
+from tests.schemas.payloads import FULL, LEAST
+
+TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=30)  # lone surrogates and controls too
+HUGE = st.integers(18, 5000).map(lambda digits: 10**digits)  # Python itself refuses to print the longest
+ODD = HUGE | st.sampled_from([-(2**63), 1e308, float("nan"), float("inf"), "\ud800", "a\0", "-1", "81", "x" * 6000])
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | ODD
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12
+)
+ANY_KEY = st.dictionaries(TEXT | st.integers() | st.none() | st.floats(), JSON, max_size=5)
+
+
+def payloads(mode: str) -> st.SearchStrategy[dict[str, Any]]:
+    """A right request with some fields replaced, near to right and far from it."""
+    names = st.sampled_from(INPUT_SCHEMA[mode].names()) | TEXT
+    near = st.integers(-2, 300) | st.floats(-1, 10) | st.sampled_from(list(FULL[mode].values()))
+    changed = st.dictionaries(names, near | JSON, max_size=6)
+    return st.builds(
+        lambda base, change: {**base, **change, "mode": mode},
+        st.sampled_from([LEAST[mode], FULL[mode]]),
+        changed,
+    )
+
+
+def check(payload: object) -> bool:
+    """Parse, and look at what comes back; True if it was taken."""
+    try:
+        request = parse_request(payload)
+    except InvalidInput as error:
+        assert error.problems
+        assert all(len(problem.field) < 200 and 0 < len(problem.message) < 1200 for problem in error.problems)
+        json.dumps(error_response(error), allow_nan=False, ensure_ascii=False).encode()  # what the wire does to it
+        return False
+    request.warnings()
+    hashes: dict[str, Any] = {}
+    media: dict[str, Any] = {}
+    for kind in ("picture", "video", "latent"):
+        media |= media_fields(request, kind)
+    hashes = {name: ["00"] * len(text) if isinstance(text, list) else "00" for name, text in media.items()}
+    ran = json.loads(json.dumps(effective(request, 7, hashes), allow_nan=False))
+    assert parse_request({**ran, **media}).explicit() == {**request.explicit(), "seed": 7}
+    return True
+
+
+@pytest.mark.parametrize("mode", INPUT_SCHEMA)
+def test_parse_answers_every_request_of_a_mode(mode: str) -> None:
+    taken = []
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(payloads(mode))
+    def fuzz(payload: dict[str, Any]) -> None:
+        taken.append(check(payload))
+
+    fuzz()
+    assert 0.02 < sum(taken) / len(taken) < 0.98  # both answers were tried
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(JSON | ANY_KEY)
+def test_parse_answers_every_json_value(payload: object) -> None:
+    check(payload)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", INPUT_SCHEMA)
+def test_parse_answers_ten_thousand_requests_of_a_mode(mode: str) -> None:
+    @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(payloads(mode))
+    def fuzz(payload: dict[str, Any]) -> None:
+        check(payload)
+
+    fuzz()
+
+
+@pytest.mark.soak
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(JSON | ANY_KEY)
+def test_parse_answers_ten_thousand_json_values(payload: object) -> None:
+    check(payload)
+
+
+def test_fuzz_notices_a_value_that_is_repeated_without_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    check({"prompt": 10**5000})
+    monkeypatch.setattr("schemas.sentences.shown", str)
+    with pytest.raises(ValueError, match="Exceeds the limit"):
+        check({"prompt": 10**5000})
+
+
+def test_fuzz_notices_a_lone_surrogate_in_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    check({"\ud800": 1})
+    monkeypatch.setattr("schemas.input_schema.printable", str)
+    with pytest.raises(UnicodeEncodeError):
+        check({"\ud800": 1})
