@@ -17,6 +17,7 @@ from engine.profiles import Profile
 from engine.progress import Progress
 from engine.settings import Settings
 from engine.weights import Parts
+from schemas.errors import GpuFault, OutOfMemory, WorkerError
 from schemas.image_schema import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -51,16 +52,36 @@ class ModelHandler:
     def generate(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
         """Run one task and leave its verified files in `folder`.
 
+        If the card runs out of memory, everything but this profile is unloaded and the task runs once more.
+
         Raises:
-            WorkerError: the most specific one; the card's memory is given back before it is raised.
+            WorkerError: the most specific one. Of memory, only loaded profiles keep theirs.
         """
         with self._lock:
+            try:
+                return self._attempt(task, parts, folder, progress)
+            except OutOfMemory:
+                log.warning("out of memory; once more with the card to itself")
+            # Out here the exception is gone, and with it the tensors that its frames held.
+            self._evict_all_but(task.profile)
+            return self._attempt(task, parts, folder, progress)
+
+    def _attempt(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
+        failed = True
+        try:
             with progress.stage("load"):
                 backend = self._backend(task.profile, parts)
-            try:
-                output = backend.generate(task, progress)
-                return self._write(output, task, folder)
-            finally:
+            made = self._write(backend.generate(task, progress), task, folder)
+            failed = False
+            return made
+        except RuntimeError as error:
+            fault = card_error(error)
+            failed = not isinstance(fault, GpuFault)  # a poisoned context must not be touched again
+            if fault is None:
+                raise
+            raise fault from error
+        finally:
+            if failed:
                 _give_back_cache()
 
     def unload_all(self) -> None:
@@ -74,6 +95,7 @@ class ModelHandler:
             self._loaded.move_to_end(profile.folder)
             return self._loaded[profile.folder][1]
         budget = self._budget_gib()
+        self._cap_memory()
         while self._loaded and self._used_gib() + profile.vram_gib > budget:
             self._evict_oldest()
         backend = self._load(profile, parts, device(), int((budget - self._used_gib()) * GIB))
@@ -81,6 +103,14 @@ class ModelHandler:
         self._loaded[profile.folder] = (profile, backend)
         log.info("loaded %s", profile.name)
         return backend
+
+    def _evict_all_but(self, profile: Profile) -> None:
+        for _ in range(len(self._loaded)):
+            if next(iter(self._loaded)) == profile.folder:
+                self._loaded.move_to_end(profile.folder)
+            else:
+                self._evict_oldest()
+        _give_back_cache()
 
     def _evict_oldest(self) -> None:
         _, (profile, backend) = self._loaded.popitem(last=False)
@@ -91,6 +121,13 @@ class ModelHandler:
 
     def _used_gib(self) -> float:
         return sum(profile.vram_gib for profile, _ in self._loaded.values())
+
+    def _cap_memory(self) -> None:
+        """Hold the process to WORKER_VRAM_GIB, so that a shared or emulated card is not overrun."""
+        import torch
+
+        if self._settings.vram_gib is not None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._settings.vram_gib / card_gib()))
 
     def _budget_gib(self) -> float:
         return self._settings.vram_gib or card_gib()
@@ -121,6 +158,22 @@ def card_gib() -> float:
     if not torch.cuda.is_available():
         return CARD_GIB
     return torch.cuda.get_device_properties(0).total_memory / GIB
+
+
+def card_error(error: RuntimeError) -> WorkerError | None:
+    """What a RuntimeError of torch says about the card: OutOfMemory, GpuFault, or None for neither.
+
+    Source of the words: PyTorch's c10/cuda/CUDAException and the cuBLAS and cuDNN status names. After any of them but
+    out-of-memory every later call in the process fails too.
+    """
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return OutOfMemory("the card has not enough memory for this request; ask for fewer frames or a smaller size")
+    words = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "device-side assert", "illegal memory access")
+    if isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words):
+        return GpuFault("the card failed; the worker is being replaced, send the request again")
+    return None
 
 
 def _give_back_cache() -> None:

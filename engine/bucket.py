@@ -2,14 +2,15 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Literal
 from urllib.parse import urlsplit
 
 from engine.addresses import parse_allowed
-from engine.fetch import check_endpoint, parse_url
+from engine.fetch import check_endpoint
 from engine.settings import Secret, Settings
+from engine.urls import parse_url
 from schemas.errors import FetchFailed, InvalidInput, Problem, SettingsError
 
 
@@ -50,6 +51,8 @@ class Bucket:
     access_key_id: Secret
     secret_access_key: Secret
     labels: Labels = ENVIRONMENT
+    guest_allow: tuple[str, ...] | None = None
+    """For a request's bucket, the private hosts it may be on; None for the operator's, which may be anywhere."""
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
 
@@ -99,12 +102,8 @@ def bucket_from_settings(settings: Settings) -> Bucket:
     Raises:
         SettingsError: the endpoint is no URL, or no bucket is named.
     """
-    if not (
-        settings.bucket_endpoint_url and settings.bucket_access_key_id and settings.bucket_secret_access_key
-    ):
-        raise SettingsError(
-            "S3 is not set: BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"
-        )
+    if not (settings.bucket_endpoint_url and settings.bucket_access_key_id and settings.bucket_secret_access_key):
+        raise SettingsError("S3 is not set: BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY")
     try:
         return _bucket(
             settings.bucket_endpoint_url,
@@ -121,9 +120,8 @@ def bucket_from_settings(settings: Settings) -> Bucket:
 def bucket_from_request(s3_config: object, *, allow: tuple[str, ...]) -> Bucket:
     """The caller's bucket, from the request's `s3Config`. Looks its host up, connects nowhere.
 
-    The host is looked up again when the file is sent. What keeps a name that changes its address in between
-    from leading inside is TLS: an inside service cannot show a certificate for that name. Only a host that
-    the operator listed in `allow` may be plain http.
+    The host must be https, unless the operator listed it in `allow`. It is looked up and checked again at every request
+    that is sent to it, see `engine.guest_wire`; this first look is to refuse before any work.
 
     Raises:
         InvalidInput: names every wrong field; never a value of the keys.
@@ -134,9 +132,7 @@ def bucket_from_request(s3_config: object, *, allow: tuple[str, ...]) -> Bucket:
     for name in ("accessId", "accessSecret"):
         value = s3_config.get(name)
         if not isinstance(value, str) or not _KEY_TEXT.fullmatch(value):
-            problems.append(
-                Problem(f"s3Config.{name}", "must be 1 to 256 printable ASCII characters without spaces")
-            )
+            problems.append(Problem(f"s3Config.{name}", "must be 1 to 256 printable ASCII characters without spaces"))
     url, bucket_name = s3_config.get("endpointUrl"), s3_config.get("bucketName")
     if not isinstance(url, str) or not url:
         problems.append(Problem("s3Config.endpointUrl", "must be an https URL"))
@@ -153,14 +149,12 @@ def bucket_from_request(s3_config: object, *, allow: tuple[str, ...]) -> Bucket:
         REQUEST,
     )
     _check_public(bucket.host_url, allow)
-    return bucket
+    return replace(bucket, guest_allow=allow)
 
 
 def _unknown(name: str) -> Problem:
     near = difflib.get_close_matches(name, REQUEST_FIELDS, n=1)
-    return Problem(
-        "s3Config", f"{name[:64]!r} is not a field" + (f"; did you mean {near[0]}?" if near else "")
-    )
+    return Problem("s3Config", f"{name[:64]!r} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _check_public(url: str, allow: tuple[str, ...]) -> None:
@@ -200,9 +194,7 @@ def _bucket(
         host_bucket = name  # a store of one's own that is set up with virtual hosts
     names = {found for found in (host_bucket, path_bucket, name) if found}
     if not names:
-        raise InvalidInput(
-            [Problem(labels.endpoint, f"names no bucket; add it to the path, or set {labels.name}")]
-        )
+        raise InvalidInput([Problem(labels.endpoint, f"names no bucket; add it to the path, or set {labels.name}")])
     if len(names) > 1:
         raise InvalidInput([Problem(labels.name, f"the endpoint's bucket and {labels.name} differ")])
     bucket_name = names.pop()
@@ -241,9 +233,7 @@ def _parts(url: str, labels: Labels) -> tuple[str, str, int | None, str | None]:
         raise InvalidInput([Problem(labels.endpoint, "is not a URL")]) from error
     is_clean = url.isprintable() and not any(character.isspace() or character in "@\\" for character in url)
     if parts.scheme not in ("http", "https") or not parts.hostname or not is_clean:
-        raise InvalidInput(
-            [Problem(labels.endpoint, "must be a URL such as https://s3.us-west-2.amazonaws.com")]
-        )
+        raise InvalidInput([Problem(labels.endpoint, "must be a URL such as https://s3.us-west-2.amazonaws.com")])
     if parts.query or parts.fragment:
         raise InvalidInput([Problem(labels.endpoint, "must end after the bucket")])
     segments = [segment for segment in parts.path.split("/") if segment]

@@ -16,9 +16,7 @@ from engine.conditioning import LAYOUTS
 from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
 from schemas.errors import InvalidInput, Problem
 
-MAX_CLIP_FRAMES = (
-    81  # SVI was trained on it; beyond, colours fade and the motion runs back to the first frame
-)
+MAX_CLIP_FRAMES = 81  # SVI was trained on it; beyond, colours fade and the motion runs back to the first frame
 SEED_STRIDE = 42  # the authors' own; with one seed for all clips colours saturate from clip to clip
 OVERLAP = 4  # pixel frames that two clips share: those of one motion latent
 
@@ -103,9 +101,28 @@ def motion_after(clip: Clip, latents: Tensor, overlap: int = OVERLAP) -> Tensor:
 
     They are the last m; where the clip ended on a single-picture latent, the last m before it, because a
     first-frame latent carries no motion.
+
+    Raises:
+        InvalidInput: as `check_hand_over`.
     """
-    stop = latents.shape[2] - LAYOUTS[clip.layout].single_image_end
+    check_hand_over(clip, overlap)
+    stop = clip.latent_frames - LAYOUTS[clip.layout].single_image_end
     return latents[:, :, stop - overlap // VAE_STRIDE_T : stop].clone()
+
+
+def check_hand_over(clip: Clip, overlap: int = OVERLAP) -> None:
+    """Refuse to hand over more latents than the clip has between its first one, a still picture, and its end.
+
+    Raises:
+        InvalidInput: names the shortest clip that can.
+    """
+    stills = 1 + LAYOUTS[clip.layout].single_image_end
+    missing = overlap // VAE_STRIDE_T + stills - clip.latent_frames
+    if missing > 0:
+        raise _refuse(
+            "return_state",
+            f"needs a clip of at least {clip.frames + VAE_STRIDE_T * missing} frames, got {clip.frames}",
+        )
 
 
 def newest_frames(video: Tensor, overlap: int = OVERLAP) -> Tensor:
@@ -118,9 +135,7 @@ def newest_frames(video: Tensor, overlap: int = OVERLAP) -> Tensor:
     """
     needed = overlap + 1 + VAE_STRIDE_T
     if video.shape[2] < needed:
-        raise _refuse(
-            "prefix_video", f"has {video.shape[2]} frames; going on from it takes at least {needed}"
-        )
+        raise _refuse("prefix_video", f"has {video.shape[2]} frames; going on from it takes at least {needed}")
     return video[:, :, -needed:]
 
 
@@ -174,9 +189,7 @@ def _clip(wish: Wish, i: int, frames: int, is_last: bool) -> Clip:
         index=wish.first_index + i,
         layout=name,
         frames=frames,
-        latent_frames=(frames - 1) // VAE_STRIDE_T
-        + 1
-        + (layout.extra_latent or (layout.end_alone and exact)),
+        latent_frames=(frames - 1) // VAE_STRIDE_T + 1 + (layout.extra_latent or (layout.end_alone and exact)),
         seed=wish.seed + SEED_STRIDE * (wish.first_index + i),
         prompt=wish.prompts[min(i, len(wish.prompts) - 1)],
         drop=repeated if i > 0 or wish.continues else 0,

@@ -94,18 +94,14 @@ def known_mask(latent_frames: int, known_frames: int = 1, end: EndMask = "none")
     end_subframes = {"none": 0, "last": 1, "group": VAE_STRIDE_T}[end]
     start_subframes = VAE_STRIDE_T + known_frames - 1
     if known_frames < 1 or start_subframes + end_subframes > VAE_STRIDE_T * latent_frames:
-        raise ValueError(
-            f"{known_frames} known start frames and end {end!r} do not fit {latent_frames} latent frames"
-        )
+        raise ValueError(f"{known_frames} known start frames and end {end!r} do not fit {latent_frames} latent frames")
     row = torch.zeros(VAE_STRIDE_T * latent_frames)
     row[:start_subframes] = 1
     row[len(row) - end_subframes :] = 1
     return row.view(latent_frames, VAE_STRIDE_T).T.contiguous()
 
 
-def condition(
-    name: str, latent_frames: int, given: Given, encode: Encode, filling: Filling | None = None
-) -> Tensor:
+def condition(name: str, latent_frames: int, given: Given, encode: Encode, filling: Filling | None = None) -> Tensor:
     """Build `y`: (1, 20, T, h, w) fp32, the mask first, on the device of the encoded latents.
 
     Raises:
@@ -154,9 +150,7 @@ def _pixels_then_end(latent_frames: int, given: Given, encode: Encode, filling: 
 def _pixels(frames: int, given: Given, filling: Filling, end_frames: int) -> Tensor:
     empty = frames - given.start.shape[2] - end_frames
     if empty < 0:
-        raise ValueError(
-            f"{frames} frames cannot hold {given.start.shape[2]} start and {end_frames} end frames"
-        )
+        raise ValueError(f"{frames} frames cannot hold {given.start.shape[2]} start and {end_frames} end frames")
     middle = filling.like(given.anchor, empty).clamp(-1.0, 1.0)
     end = _end(given).expand(-1, -1, end_frames, -1, -1)
     return torch.cat([given.start, middle, end], dim=2)

@@ -16,9 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Any, TypeVar
 
 from engine.bucket import Bucket
+from engine.guest_wire import GuestWire
 from engine.s3_errors import (
     ConditionUnknown,
     KeyMissing,
@@ -144,9 +146,7 @@ class Objects:
 
     def unfinished_uploads(self, key: str, patience: Patience) -> list[str]:
         """Ids of the multipart uploads begun under exactly this key."""
-        answer = self._ask(
-            patience, lambda client: client.list_multipart_uploads(Bucket=self.bucket.name, Prefix=key)
-        )
+        answer = self._ask(patience, lambda client: client.list_multipart_uploads(Bucket=self.bucket.name, Prefix=key))
         return [upload["UploadId"] for upload in answer.get("Uploads", []) if upload["Key"] == key]
 
     def head(self, key: str, patience: Patience) -> Head:
@@ -185,15 +185,27 @@ class Objects:
             )
         )
 
-    def open_signed(self, key: str, patience: Patience) -> bytes | None:
-        """What somebody gets who has nothing but a signed URL; None if that is an error."""
+    def open_signed(self, key: str, expiry_s: int, patience: Patience) -> bytes | None:
+        """What somebody gets who has nothing but a signed URL; None if the store refuses it."""
         from botocore.awsrequest import AWSRequest
         from botocore.httpsession import URLLib3Session
+        from botocore.utils import get_environ_proxies
 
-        request = AWSRequest("GET", self.sign(key, 60)).prepare()
-        with_limits = URLLib3Session(timeout=(self.bucket.connect_timeout_s, self.bucket.read_timeout_s))
-        answer = self._ask(patience, lambda _client: with_limits.send(request))
-        return bytes(answer.content) if answer.status_code == 200 else None
+        url = self.sign(key, expiry_s)
+        session = URLLib3Session(
+            timeout=(self.bucket.connect_timeout_s, self.bucket.read_timeout_s), proxies=get_environ_proxies(url)
+        )
+
+        def open_it(_client: Any) -> bytes | None:
+            answer = session.send(AWSRequest("GET", url).prepare())
+            if answer.status_code >= 500 and answer.status_code != 501:
+                raise StoreUnwell(f"the store is failing (status {answer.status_code})")
+            return bytes(answer.content) if answer.status_code == 200 else None
+
+        try:
+            return self._ask(patience, open_it)
+        finally:
+            session.close()
 
     def clock_skew_s(self, patience: Patience) -> float:
         """Seconds that this machine's clock is ahead of the store's, whatever else the store says."""
@@ -220,7 +232,7 @@ class Objects:
 
         try:
             return call(self._client)
-        except (BotoCoreError, ClientError, ResponseParserError) as error:
+        except (BotoCoreError, ClientError, ResponseParserError, OSError, HTTPException) as error:
             raise understand(error, self.bucket.labels) from error
 
     def _create(self, key: str, patience: Patience, write: Callable[[Any, dict[str, str]], object]) -> None:
@@ -238,9 +250,7 @@ class Objects:
     def _abort_upload(self, key: str, upload_id: str) -> None:
         try:
             self._ask_once(
-                lambda client: client.abort_multipart_upload(
-                    Bucket=self.bucket.name, Key=key, UploadId=upload_id
-                )
+                lambda client: client.abort_multipart_upload(Bucket=self.bucket.name, Key=key, UploadId=upload_id)
             )
         except (UploadGone, KeyMissing):
             return
@@ -273,10 +283,10 @@ def _client(bucket: Bucket) -> Any:
             config=config,
         )
     except (BotoCoreError, ValueError) as error:
-        raise StoreRefused(
-            f"the store cannot be used with these settings; check {bucket.labels.endpoint}"
-        ) from error
+        raise StoreRefused(f"the store cannot be used with these settings; check {bucket.labels.endpoint}") from error
     client.meta.events.register("before-call.s3", _follow_no_redirect)
+    if bucket.guest_allow is not None:
+        client.meta.events.register("before-send.s3", GuestWire(bucket.guest_allow))
     return client
 
 

@@ -1,6 +1,7 @@
 """How an S3 store fails, in our words. The store's own words reach nobody: they may hold hosts and keys."""
 
 import re
+from http.client import HTTPException
 
 from engine.bucket import Labels
 from schemas.errors import DeliveryFailed
@@ -43,7 +44,7 @@ class ConditionUnknown(StoreRefused):
 
 
 def understand(error: Exception, labels: Labels) -> DeliveryFailed:
-    """A botocore exception as one of ours, its sentence free of hosts, keys and the store's own words."""
+    """What a request raised as one of ours, its sentence free of hosts, keys and the store's own words."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
     from botocore.parsers import ResponseParserError
 
@@ -53,11 +54,11 @@ def understand(error: Exception, labels: Labels) -> DeliveryFailed:
         return _understand_answer(status, str(answer.get("Error", {}).get("Code", "")), labels)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return StoreRefused(f"the store's certificate is not valid for {labels.endpoint}")
-    if isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)):
+    if isinstance(
+        error, (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, OSError, HTTPException)
+    ):
         return StoreUnwell("the store did not answer")
-    return StoreRefused(
-        f"the store cannot be used with these settings; check {labels.endpoint} and {labels.name}"
-    )
+    return StoreRefused(f"the store cannot be used with these settings; check {labels.endpoint} and {labels.name}")
 
 
 def _understand_answer(status: int, code: str, labels: Labels) -> DeliveryFailed:
@@ -80,12 +81,8 @@ def _understand_answer(status: int, code: str, labels: Labels) -> DeliveryFailed
     if code in sentences:
         return StoreRefused(sentences[code])
     if status == 404:
-        return KeyMissing(
-            f"the store has no such bucket or object; check {labels.name} and {labels.endpoint}"
-        )
+        return KeyMissing(f"the store has no such bucket or object; check {labels.name} and {labels.endpoint}")
     if status == 403:
-        return RightMissing(
-            f"the keys may not read and write this bucket; check the rights of {labels.access_key}"
-        )
+        return RightMissing(f"the keys may not read and write this bucket; check the rights of {labels.access_key}")
     word = code if re.fullmatch(r"[A-Za-z]{1,40}", code) else f"status {status}"
     return StoreRefused(f"the store refused the file ({word})")

@@ -28,9 +28,7 @@ SWEEP_S = 20.0
 _log = logging.getLogger(__name__)
 
 
-def open_store(
-    settings: Settings, s3_config: object = None, *, pause: Callable[[float], None] = time.sleep
-) -> Store:
+def open_store(settings: Settings, s3_config: object = None, *, pause: Callable[[float], None] = time.sleep) -> Store:
     """The store of one job. Opens no connection; the host of a request's endpoint is looked up.
 
     `s3_config`: the job's own `s3Config` as it came, None if it has none; it goes before the environment.

@@ -5,7 +5,7 @@ import logging
 from contextlib import suppress
 
 from engine import outbox
-from engine.bucket import Bucket, bucket_from_settings
+from engine.bucket import bucket_from_settings
 from engine.s3 import Objects, Patience, connect
 from engine.s3_errors import KeyTaken, StoreRefused
 from engine.settings import Settings
@@ -40,7 +40,12 @@ def check_store(settings: Settings) -> None:
         _check_clock(objects.clock_skew_s(patience))
         key = "/".join(part for part in (settings.bucket_prefix.strip("/"), "check.txt") if part)
         _check_write(objects, key, patience)
-        _check_url(objects, key, bucket, patience)
+        # Signed for as long as a result's: a short life and a clock that is behind make a URL that never opens.
+        if objects.open_signed(key, settings.bucket_url_expiry_s, patience) != CONTENT:
+            # RunPod's own network volume API, for one, has no signed URLs.
+            raise SettingsError(
+                "the store opens no signed URLs, so nobody could fetch a result; check BUCKET_ENDPOINT_URL"
+            )
     except StoreRefused as error:
         raise SettingsError(error.sentence) from error
     _log.info("the store takes files")
@@ -63,11 +68,3 @@ def _check_write(objects: Objects, key: str, patience: Patience) -> None:
         raise SettingsError(f"the store keeps no metadata of {key}, or another program uses this prefix")
     if objects.read(key, len(CONTENT) + 1, patience) != CONTENT:
         raise SettingsError(f"the store does not give back what it took as {key}")
-
-
-def _check_url(objects: Objects, key: str, bucket: Bucket, patience: Patience) -> None:
-    """Open the signed URL as a caller would. RunPod's own network volume API, for one, has no signed URLs."""
-    if objects.open_signed(key, patience) != CONTENT:
-        raise SettingsError(
-            f"the store opens no signed URLs, so nobody could fetch a result; check {bucket.labels.endpoint}"
-        )

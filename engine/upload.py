@@ -99,9 +99,7 @@ def verify(objects: Objects, file: MediaFile, key: str, etag: str, patience: Pat
         raise StoreUnwell("the store lost the file after it took it") from error
     if head.sha256 != file.sha256:
         raise KeyTaken("the key belongs to another file")
-    if head.size_bytes == file.size_bytes and (
-        head.etag == etag or objects.sha256_of(key, patience) == file.sha256
-    ):
+    if head.size_bytes == file.size_bytes and (head.etag == etag or objects.sha256_of(key, patience) == file.sha256):
         return
     objects.delete(key, patience)
     raise StoreUnwell("the store kept other bytes than it was sent")
@@ -112,8 +110,7 @@ def _put_in_parts(objects: Objects, file: MediaFile, key: str, patience: Patienc
     upload_id = objects.start_upload(key, file.content_type, file.sha256, patience)
     try:
         etags = [
-            objects.put_part(key, upload_id, number, part, patience)
-            for number, part in enumerate(_parts(file.path), 1)
+            objects.put_part(key, upload_id, number, part, patience) for number, part in enumerate(_parts(file.path), 1)
         ]
         objects.finish_upload(key, upload_id, etags, patience)
     except BaseException:

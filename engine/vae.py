@@ -54,9 +54,7 @@ def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     features live in this iterator, not in the VAE: leaving it early leaves nothing behind.
     """
     raw = denormalise(vae, latents.to(vae.device)).to(vae.dtype)
-    if (
-        vae.use_tiling
-    ):  # tiles run over the whole length one after another, so there is no chunk before the last tile
+    if vae.use_tiling:  # tiles run over the whole length one after another, so there is no chunk before the last tile
         yield from _decode_tiled(vae, raw)
         return
     features = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())

@@ -61,9 +61,7 @@ def write_mp4(frames: Frames, path: Path) -> MediaFile:
         Exception: what the iterator raises, unchanged; Cancelled among others.
     """
     if frames.shape.height % 2 or frames.shape.width % 2:
-        raise BadOutput(
-            f"{frames.shape.width}x{frames.shape.height} cannot be encoded: both sides must be even"
-        )
+        raise BadOutput(f"{frames.shape.width}x{frames.shape.height} cannot be encoded: both sides must be even")
     stream, luma = _encode(frames)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -130,8 +128,8 @@ def probe(path: Path) -> Probe:
         if [stream.type for stream in container.streams] != ["video"]:
             raise ValueError("not one video stream")
         stream = container.streams.video[0]
-        # Else the decoder paints over what is torn. Frame threads would hide it again, so there are none.
-        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.options = {"err_detect": "explode"}  # else the decoder paints over what is torn
+        stream.thread_type = "AUTO"
         if stream.average_rate is None or stream.duration is None or stream.time_base is None:
             raise ValueError("no frame rate or duration")
         luma: list[float] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.backends import Task
-from engine.chain import Clip, Wish, keep, motion_after, plan, returned_frames
+from engine.chain import Clip, Wish, check_hand_over, keep, motion_after, plan, returned_frames
 from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
 from engine.conditioning import LAYOUTS, Filling, Given, condition
 from engine.denoise import ExpertSource, Prompts, denoise
@@ -84,19 +84,14 @@ class WanSvi:
             given = self._given(job, scene)
         with progress.stage("denoise", job.schedule.steps * len(job.clips)) as step:
             film = self._denoise(job, given, prompts, step)
-        after = ChainState(
-            motion=motion_after(*film[-1], job.request.overlap),
-            seed=job.seed,
-            next_index=job.clips[-1].index + 1,
-            anchor_sha256=anchor_digest(scene.given.anchor),
-        )
-        packed = pack_state(after) if job.request.return_state else None
+        anchor = anchor_digest(scene.given.anchor)
+        state = _state_after(job, film, anchor) if job.request.return_state else None
         return Frames(
             self._decoded(film, progress),
             VideoShape(returned_frames(job.clips), job.height, job.width),
             job.request.fps,
-            (*_notes(job, after), *notes),
-            lambda: packed,
+            (*_notes(job, anchor), *notes),
+            lambda: state,
         )
 
     def unload(self) -> None:
@@ -108,9 +103,11 @@ class WanSvi:
         request = cast(SviEndframeRequest, task.request)  # the profile's modes hold it
         state = None if request.state is None else unpack_state(request.state)
         height, width = scene_size(request, task.pictures, state, task.profile)
-        experts = with_strengths(self._placed.experts, task.profile, self._parts, request.loras_multipliers)
         schedule = schedule_for(task.profile, request)
         clips = plan(_wish(request, task.seed, state))
+        if request.return_state:
+            check_hand_over(clips[-1], request.overlap)
+        experts = with_strengths(self._placed.experts, task.profile, self._parts, request.loras_multipliers)
         job = Job(request, task.profile, task.seed, state, height, width, schedule, clips, experts)
         if state is not None:
             check_fits(state, job.latent(job.motion_frames), self._vae.config.z_dim)
@@ -169,8 +166,9 @@ class WanSvi:
             )
             if layout.end_alone and job.request.lock_end is not False:
                 latents = torch.cat([latents[:, :, :-1], y[:, 4:, -1:]], dim=2)  # y ends on E(end)
-            given = replace(given, motion=motion_after(clip, latents, job.request.overlap))
             film.append((clip, latents.cpu()))
+            if clip is not job.clips[-1]:
+                given = replace(given, motion=motion_after(clip, latents, job.request.overlap))
         return film
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -200,7 +198,13 @@ def _wish(request: SviEndframeRequest, seed: int, state: ChainState | None) -> W
     )
 
 
-def _notes(job: Job, after: ChainState) -> Iterator[str]:
+def _state_after(job: Job, film: Film, anchor_sha256: bytes) -> str:
+    clip, latents = film[-1]
+    motion = motion_after(clip, latents, job.request.overlap)
+    return pack_state(ChainState(motion, job.seed, clip.index + 1, anchor_sha256))
+
+
+def _notes(job: Job, anchor_sha256: bytes) -> Iterator[str]:
     """What the caller should know about how it ran, beyond what the request itself told."""
     yield from job.profile.settings.get("corrections", ())
     last, state = job.clips[-1], job.state
@@ -209,9 +213,9 @@ def _notes(job: Job, after: ChainState) -> Iterator[str]:
             f"{last.frames} frames in layout {last.layout} take {last.latent_frames} latent frames, and the "
             f"model was trained on {TRAINED_LATENT_FRAMES}; {last.frames - VAE_STRIDE_T} frames stay within"
         )
-    if state is not None and state.seed != after.seed:
-        yield f"the state's chain has seed {state.seed}; this video goes on with seed {after.seed}"
-    if state is not None and state.anchor_sha256 != after.anchor_sha256:
+    if state is not None and state.seed != job.seed:
+        yield f"the state's chain has seed {state.seed}; this video goes on with seed {job.seed}"
+    if state is not None and state.anchor_sha256 != anchor_sha256:
         yield "the anchor is not the one of the state's chain"
 
 

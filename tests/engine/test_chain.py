@@ -233,6 +233,19 @@ def test_motion_after_a_single_picture_end_is_the_latent_before_it():
     assert torch.equal(motion_after(clip, latents), latents[:, :, 4:5])
 
 
+@pytest.mark.parametrize(
+    ("frames", "layout", "policy", "overlap", "needed"),
+    [(5, "svi_latent", "window", 4, 9), (5, "svi", "exact", 8, 9), (9, "svi_latent", "exact", 12, 13)],
+)
+def test_clip_too_short_to_hand_over_is_refused_with_the_length_that_can(frames, layout, policy, overlap, needed):
+    (clip,) = plan(wish(frames, layout, policy=policy))
+
+    with pytest.raises(InvalidInput, match=f"return_state: needs a clip of at least {needed} frames, got {frames}"):
+        motion_after(clip, noise(clip.latent_frames), overlap)
+    (longer,) = plan(wish(needed, layout, policy=policy))
+    assert motion_after(longer, noise(longer.latent_frames), overlap).shape[2] == overlap // 4
+
+
 def test_row_18_motion_of_the_next_clip_equals_this_ones_last_latent():
     vae = tiny_vae()
     (clip,) = plan(wish(17, "svi"))

@@ -158,9 +158,7 @@ def test_row_03_y_equals_a_straight_line_recipe(name):
 
 @pytest.mark.parametrize("frames", [5, 17, 33])
 def test_row_04_flf_equals_stock_prepare_latents(frames):
-    pipeline = WanImageToVideoPipeline(
-        tokenizer=None, text_encoder=None, vae=VAE, scheduler=None, transformer=None
-    )
+    pipeline = WanImageToVideoPipeline(tokenizer=None, text_encoder=None, vae=VAE, scheduler=None, transformer=None)
     _, stock = pipeline.prepare_latents(
         START[:, :, 0],
         1,

@@ -108,9 +108,7 @@ def test_row_13_forwards_of_each_guidance(guidance, forwards, calls):
 
 def test_row_14_trajectory_against_the_closed_form_with_bf16_models():
     start, trajectory = noise(2), []
-    run(
-        constants(high=1.5, low=-0.75), start=start, on_step=lambda _done, latents: trajectory.append(latents)
-    )
+    run(constants(high=1.5, low=-0.75), start=start, on_step=lambda _done, latents: trajectory.append(latents))
 
     # x(sigma) moves by velocity times the change of sigma: 1.5 down to 0.88253, then -0.75 down to 0
     drift = [-0.0713436, -0.1762112, -0.0915724, 0.0680922, 0.4819481, 0.4856832]

@@ -104,7 +104,8 @@ def test_execution_order_of_a_unet_goes_down_through_the_middle_and_up() -> None
     names = execution_order(list(stored_shapes(MODELS["sdxl/unet"], model("sdxl/unet"))))
     sides = list(dict.fromkeys(name.split(".")[0] for name in names))
     assert sides == [
-        "conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out",
+        "conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks",
+        "conv_norm_out", "conv_out",
     ]  # fmt: skip
 
 

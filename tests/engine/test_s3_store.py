@@ -35,7 +35,8 @@ def store(bucket: Bucket, tmp_path) -> S3Store:
 
 @pytest.fixture
 def guest(bucket: Bucket) -> GuestStore:
-    return GuestStore(replace(bucket, labels=REQUEST), terms())
+    allow = (bucket.endpoint_url.removeprefix("http://"),)
+    return GuestStore(replace(bucket, labels=REQUEST, guest_allow=allow), terms())
 
 
 def out(store: S3Store) -> S3Store:

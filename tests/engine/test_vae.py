@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from engine.vae import decode_chunks, decode_end_single, denormalise, encode_norm, normalise
 from tests.engine.svi_parts import noise, pixels, tiny_vae
@@ -30,9 +31,7 @@ def first_frame_chunks_decode(vae, latents):
         if i == hidden.shape[2] - 1:
             features = [None] * len(features)
         alone = i in (0, hidden.shape[2] - 1)
-        parts.append(
-            vae.decoder(hidden[:, :, i : i + 1], feat_cache=features, feat_idx=[0], first_chunk=alone)
-        )
+        parts.append(vae.decoder(hidden[:, :, i : i + 1], feat_cache=features, feat_idx=[0], first_chunk=alone))
     return torch.cat(parts, dim=2).clamp(-1, 1)
 
 
@@ -100,6 +99,18 @@ def test_decode_chunks_equals_stock_decode_when_tiled():
 
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
     assert torch.equal(torch.cat(chunks, dim=2), vae.decode(denormalise(vae, latents)).sample)
+
+
+def test_decode_chunks_equals_stock_decode_when_pixels_are_folded():
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12, out_channels=12, patch_size=2
+    ).eval()
+
+    with torch.no_grad():
+        video = torch.cat(list(decode_chunks(vae, noise(3))), dim=2)
+        assert video.shape[:3] == (1, 3, 9)
+        assert torch.equal(video, vae.decode(denormalise(vae, noise(3))).sample)
 
 
 def test_decode_chunks_stays_within_one():

@@ -110,9 +110,7 @@ def test_write_mp4_writes_bt709_limited_range(tmp_path, rgb, yuv):
 
 
 def test_write_mp4_keeps_the_picture(tmp_path):
-    video = np.kron(
-        pictures(VideoShape(9, 16, 24)), np.ones((1, 4, 4, 1), np.uint8)
-    )  # no detail that 4:2:0 loses
+    video = np.kron(pictures(VideoShape(9, 16, 24)), np.ones((1, 4, 4, 1), np.uint8))  # no detail that 4:2:0 loses
     file = write_mp4(frames_of(video), tmp_path / "video.mp4")
     error = decoded(file.path, "rgb24").astype(float) - video
     assert 10 * np.log10(255**2 / (error**2).mean(axis=(1, 2, 3))).min() > 36.0  # dB, every frame; crf 18
@@ -303,9 +301,7 @@ for i in itertools.count():
 @pytest.mark.parametrize("written", range(6))
 def test_write_mp4_names_no_unfinished_file_when_the_process_is_killed(tmp_path, written):
     """kill -9, each time a bit further into a file: what has its name is whole."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -352,12 +348,7 @@ def test_check_streamable_wants_the_index_before_the_frames(kinds, good):
 def test_top_boxes_reads_a_64_bit_size(tmp_path):
     path = tmp_path / "large"
     path.write_bytes(
-        (1).to_bytes(4, "big")
-        + b"mdat"
-        + (20).to_bytes(8, "big")
-        + bytes(4)
-        + (8).to_bytes(4, "big")
-        + b"free"
+        (1).to_bytes(4, "big") + b"mdat" + (20).to_bytes(8, "big") + bytes(4) + (8).to_bytes(4, "big") + b"free"
     )
     assert top_boxes(path) == [("mdat", 0, 20), ("free", 20, 8)]
 
@@ -371,8 +362,7 @@ def encoded(path: Path, video: np.ndarray, **choices) -> Path:
     options = {"movflags": choices.get("movflags", "+faststart")}
     with av.open(str(path), "w", format=choices.get("format", "mp4"), options=options) as container:
         streams = [
-            container.add_stream(choices.get("codec", "libx264"), rate=fps)
-            for _ in range(choices.get("streams", 1))
+            container.add_stream(choices.get("codec", "libx264"), rate=fps) for _ in range(choices.get("streams", 1))
         ]
         for stream in streams:  # all of them, before the first frame opens the file
             context = stream.codec_context
@@ -431,14 +421,10 @@ def patched_files(whole: bytes) -> dict[str, bytes]:
     mdat = box(whole, b"mdat")
     frames_at = [mdat + (len(whole) - mdat) * i // 8 for i in range(8)]
     boxes = {
-        name: box(whole, name.encode())
-        for name in ("moov", "stts", "stsz", "stco", "avcC", "mdhd", "tkhd", "ftyp")
+        name: box(whole, name.encode()) for name in ("moov", "stts", "stsz", "stco", "avcC", "mdhd", "tkhd", "ftyp")
     }
     return {
-        **{
-            f"hole of 512 zeros at {at}": patched(whole, at, bytes(512)[: len(whole) - at])
-            for at in frames_at
-        },
+        **{f"hole of 512 zeros at {at}": patched(whole, at, bytes(512)[: len(whole) - at]) for at in frames_at},
         "all of mdat zero": whole[:mdat] + bytes(len(whole) - mdat),
         "mdat of noise": whole[:mdat] + np.random.default_rng(0).bytes(len(whole) - mdat),
         "no index": whole.replace(b"moov", b"free"),
@@ -466,13 +452,11 @@ def patched_files(whole: bytes) -> dict[str, bytes]:
 
 
 def torn_frames(path: Path) -> dict[str, bytes]:
-    """The last third of one frame's bytes zero, for each frame of some size; a decoder paints over that."""
+    """The second half of one frame's bytes zero, for each frame of some size; a decoder paints over that."""
     whole = path.read_bytes()
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 200]
-    return {
-        f"frame at {at} torn": patched(whole, at + size * 2 // 3, bytes(size // 3)) for at, size in packets
-    }
+    return {f"frame at {at} torn": patched(whole, at + size * 2 // 3, bytes(size // 3)) for at, size in packets}
 
 
 def foreign_files(folder: Path, video: np.ndarray) -> dict[str, bytes]:
@@ -493,9 +477,7 @@ def foreign_files(folder: Path, video: np.ndarray) -> dict[str, bytes]:
         "two streams": {"streams": 2},
         "Matroska": {"format": "matroska"},
     }
-    files = {
-        name: encoded(folder / "foreign", video, **chosen).read_bytes() for name, chosen in choices.items()
-    }
+    files = {name: encoded(folder / "foreign", video, **chosen).read_bytes() for name, chosen in choices.items()}
     wrong = {
         "a frame fewer": video[:-1],
         "a frame more": np.concatenate([video, video[-1:]]),
@@ -520,9 +502,7 @@ def test_verify_accepts_no_damaged_or_foreign_file(tmp_path):
     whole = encoded(tmp_path / "whole", video).read_bytes()
     path = tmp_path / "video.mp4"
     path.write_bytes(whole)
-    assert (
-        verify(path, SHAPE, 16, luma).shape == SHAPE
-    )  # so that what follows is refused for its damage alone
+    assert verify(path, SHAPE, 16, luma).shape == SHAPE  # so that what follows is refused for its damage alone
 
     damaged = cut_files(whole) | patched_files(whole) | torn_frames(tmp_path / "whole")
     damaged |= foreign_files(tmp_path, video)

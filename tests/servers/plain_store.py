@@ -3,7 +3,8 @@
 Quirks: `no-checksums` answers 501 to any `x-amz-checksum-*` header; `no-algorithm` answers 400 to
 `x-amz-sdk-checksum-algorithm`; `no-conditions` answers 501 to a conditional write; `flip` keeps a body with
 one bit changed, `truncate` without its second half; `no-metadata` forgets `x-amz-meta-*`; `opaque-etag` has
-ETags that are no MD5, as with SSE-KMS; `redirect` sends everybody elsewhere.
+ETags that are no MD5, as with SSE-KMS; `no-signed-urls` opens nothing without an Authorization header;
+`redirect` sends everybody elsewhere.
 """
 
 import hashlib
@@ -89,7 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._give(with_body=False)
 
     def do_GET(self) -> None:
-        self._give(with_body=True)
+        if "no-signed-urls" in self.store.quirks and "X-Amz-Signature" in self.path:
+            return self._answer(403, code="AccessDenied")
+        return self._give(with_body=True)
 
     def do_DELETE(self) -> None:
         self.store.objects.pop(self._key(), None)

@@ -247,6 +247,15 @@ def test_chain_through_a_state_is_another_one_with_another_seed(backend):
     assert not np.array_equal(same, other)
 
 
+def test_state_of_a_video_too_short_for_it_is_refused_before_anything_runs(backend):
+    seen = calls_of(backend)
+
+    with pytest.raises(InvalidInput, match="return_state: needs a clip of at least 9 frames, got 5"):
+        run(backend, video_length=5, frame_policy="window", return_state=True)
+    assert seen == []
+    assert len(run(backend, video_length=5, frame_policy="window")) == 2
+
+
 def test_state_is_returned_only_when_asked_for(backend):
     assert backend.generate(task(), Progress()).state() is None
 

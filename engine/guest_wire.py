@@ -1,0 +1,151 @@
+"""How requests reach a stranger's S3 endpoint: to a checked address, within one wall clock, with a counted answer.
+
+The operator's own endpoint goes through botocore's pool. One that came in a request could answer with another address
+at its second lookup, a byte a minute, or without an end; here it gets what `engine.fetch` gives a stranger's URL. One
+connection a request: a guest's job makes about five.
+"""
+
+import http.client
+import io
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, cast
+
+from engine.addresses import may_connect, parse_allowed
+from engine.fetch import Deadline, system_resolver
+from engine.s3_errors import StoreRefused
+from engine.urls import Target, parse_url
+from schemas.errors import FetchFailed
+
+REQUEST_S = 120.0
+"""Wall clock of one request: name, connection, an 8 MiB part on its way up, and the answer's head and body."""
+HEAD_BYTES = 2**18
+BODY_BYTES = 2**20
+"""Largest answer that is kept in memory: error documents and lists of uploads."""
+CHUNK_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class GuestWire:
+    """A handler of botocore's event `before-send`: its answer takes the place of botocore's own sending."""
+
+    allow: tuple[str, ...]
+
+    def __call__(self, request: Any, **_event: Any) -> Any:
+        from botocore.awsrequest import AWSResponse
+
+        deadline = Deadline(REQUEST_S)
+        try:
+            target = parse_url(request.url)
+        except FetchFailed as error:
+            raise StoreRefused(error.sentence) from error
+        connection = _connect(target, deadline, self.allow)
+        try:
+            response = _exchange(connection, target, request, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        body = _Body(connection, response, None if request.stream_output else BODY_BYTES)
+        return AWSResponse(request.url, response.status, dict(response.headers.items()), body)
+
+
+def _connect(target: Target, deadline: Deadline, allow: tuple[str, ...]) -> socket.socket:
+    """Look the host up once, refuse it unless every address may be reached, connect to one of those."""
+    addresses = [ip_address(text) for text in system_resolver(target.host, target.port)]
+    if not may_connect(target.host, target.port, addresses, parse_allowed(allow)):
+        raise StoreRefused("the store is not allowed; check s3Config.endpointUrl")
+    address = addresses[0]
+    connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    try:
+        connection.settimeout(min(deadline.left_s(), 10.0))
+        connection.connect((str(address), target.port))
+        return _encrypt(connection, target) if target.scheme == "https" else connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _encrypt(connection: socket.socket, target: Target) -> socket.socket:
+    context = ssl.create_default_context()
+    return context.wrap_socket(connection, server_hostname=target.host)
+
+
+def _exchange(connection: socket.socket, target: Target, request: Any, deadline: Deadline) -> http.client.HTTPResponse:
+    """Send the request as botocore signed it; read the answer's head."""
+    headers = {_text(name): _text(value) for name, value in request.headers.items()}
+    # Neither is signed. The first would have us wait for a word that not every store says.
+    headers = {name: value for name, value in headers.items() if name.lower() not in ("expect", "connection")}
+    lines = [f"{request.method} {target.path} HTTP/1.1", f"Host: {target.authority}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    wire = _Wire(connection, deadline)
+    wire.send("\r\n".join((*lines, "", "")).encode("latin-1") + (request.body or b""))
+    response = http.client.HTTPResponse(cast(socket.socket, wire), method=request.method)
+    response.begin()
+    wire.left_bytes = None
+    return response
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+class _Wire(io.RawIOBase):
+    """A socket whose every call gets the time that is left, and no more of a head than HEAD_BYTES."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self._connection = connection
+        self._deadline = deadline
+        self.left_bytes: int | None = HEAD_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(self._deadline.left_s())
+        count = self._connection.recv_into(buffer)
+        if self.left_bytes is not None:
+            self.left_bytes -= count
+            if self.left_bytes < 0:
+                raise http.client.LineTooLong("head")
+        return count
+
+    def send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._connection.settimeout(self._deadline.left_s())
+            view = view[self._connection.send(view[:CHUNK_BYTES]) :]
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What HTTPResponse reads from; all it asks of a socket."""
+        return io.BufferedReader(self, CHUNK_BYTES)
+
+
+class _Body:
+    """What botocore asks of an answer's body: `read` for a stream, `stream` for what it keeps in memory."""
+
+    def __init__(self, connection: socket.socket, response: http.client.HTTPResponse, limit_bytes: int | None) -> None:
+        self._connection = connection
+        self._response = response
+        self._limit_bytes = limit_bytes
+
+    def read(self, amt: int | None = None) -> bytes:
+        return self._response.read(amt)
+
+    def stream(self, amt: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The whole body. Raises OSError when it is larger than anything a store has to say."""
+        count = 0
+        try:
+            while chunk := self._response.read(amt):
+                count += len(chunk)
+                if self._limit_bytes is not None and count > self._limit_bytes:
+                    raise OSError("the answer has no end")
+                yield chunk
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()

@@ -1,0 +1,105 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.chain_state import ChainState
+from engine.profiles import PROFILES
+from engine.svi_scene import read_scene, scene_size
+from schemas.errors import InvalidInput
+from schemas.input_schema import parse_request
+from tests.engine.svi_parts import noise, picture
+
+PROFILE = replace(PROFILES["wan_2_2_i2v_lightning_svi_3_3"], min_side=32)
+GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+
+
+def request(**fields):
+    return parse_request({"mode": "svi_endframe", "image_start": "data:,x", "image_end": "data:,x", **fields})
+
+
+def scene(pictures, **fields):
+    return read_scene(request(**fields), {"image_end": GREY, **pictures}, 32, 48)
+
+
+def test_pixels_run_from_minus_one_to_one_with_red_first():
+    red = Image.new("RGB", (48, 32), (255, 0, 127))
+    pixels = scene({"image_start": red}).given.start
+
+    assert pixels.shape == (1, 3, 1, 32, 48)
+    assert pixels.dtype == torch.float32
+    assert pixels[0, :, 0, 0, 0].tolist() == pytest.approx([1.0, -1.0, 2 * 127 / 255 - 1], abs=1e-7)
+
+
+def test_every_picture_gets_the_same_cut():
+    bars = np.zeros((64, 64, 3), np.uint8)
+    bars[11:53] = 255  # 64x64 fills 48 wide and loses (48 - 32) / 2 rows above and below: 10.7 of 64
+    image = Image.fromarray(bars)
+
+    given = read_scene(request(), {"image_start": image, "image_refs": [image], "image_end": image}, 32, 48).given
+
+    assert torch.equal(given.start, given.end)
+    assert torch.equal(given.start, given.anchor)
+    assert given.start[..., 2:-2, :].min() > 0.9
+
+
+def test_anchor_is_the_start_unless_image_refs_names_another():
+    start, other = picture(1, 32, 48), picture(2, 32, 48)
+
+    assert torch.equal(scene({"image_start": start}).given.anchor, scene({"image_start": start}).given.start)
+    both = scene({"image_start": start, "image_refs": [other]}).given
+    assert torch.equal(both.anchor, scene({"image_start": other}).given.start)
+    assert not torch.equal(both.anchor, both.start)
+
+
+def test_anchor_is_one_frame_also_where_the_start_is_several():
+    given = scene({"image_start": [picture(1), picture(2)]}, layout="flf").given
+
+    assert given.anchor.shape[2] == 1
+    assert given.start.shape[2] == 2
+
+
+def test_prefix_alone_gives_anchor_and_motion_frames():
+    past = [picture(seed, 32, 48) for seed in range(12)]
+    found = scene({"prefix_video": past})
+
+    assert found.prefix.shape[2] == 9
+    assert torch.equal(found.given.anchor, scene({"image_start": past[3]}).given.start)
+
+
+def test_prefix_gives_the_pixel_layouts_its_last_frames_as_start():
+    past = [picture(seed, 32, 48) for seed in range(12)]
+    found = scene({"image_start": GREY, "prefix_video": past}, layout="svi_pixel4", prefix_video="data:,x")
+
+    assert found.prefix is None
+    assert torch.equal(found.given.start, scene({"image_start": past[8:]}).given.start)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pictures", "size"),
+    [
+        ({"resolution": "96x64"}, {"image_start": GREY}, (64, 96)),
+        ({}, {"image_start": Image.new("RGB", (1664, 960))}, (480, 832)),
+        ({}, {"image_start": Image.new("RGB", (960, 1664))}, (832, 480)),
+        ({}, {"image_refs": [GREY]}, (624, 624)),
+        ({}, {"prefix_video": [GREY] * 9}, (624, 624)),
+    ],
+)
+def test_size_is_as_asked_or_from_the_aspect_of_what_comes_first(fields, pictures, size):
+    assert scene_size(request(**fields), pictures, None, PROFILE) == size
+
+
+def test_size_is_the_states_where_the_request_names_none():
+    state = ChainState(noise(1, height=8, width=12), 0, 1, bytes(32))
+
+    assert scene_size(request(), {"image_start": GREY}, state, PROFILE) == (64, 96)
+    assert scene_size(request(resolution="32x32"), {"image_start": GREY}, state, PROFILE) == (32, 32)
+
+
+def test_nothing_to_start_on_is_refused():
+    with pytest.raises(InvalidInput, match="image_start: is missing"):
+        scene_size(request(), {}, None, PROFILE)
+    with pytest.raises(InvalidInput, match="image_start: is missing"):
+        scene({})
