@@ -74,9 +74,7 @@ def decode_clip(data: bytes, last_frames: int) -> Clip:
         raise InvalidMedia(_SENTENCES[refusal.reason]) from refusal
     size_bytes = raster.height * raster.width * 3
     frames = [
-        Image.frombytes(
-            "RGB", (raster.width, raster.height), raster.pixels[i * size_bytes : (i + 1) * size_bytes]
-        )
+        Image.frombytes("RGB", (raster.width, raster.height), raster.pixels[i * size_bytes : (i + 1) * size_bytes])
         for i in range(raster.frames)
     ]
     return Clip(frames, raster.fps)

@@ -19,6 +19,9 @@ point where
   the result would run, and throws it away: what remains is the compiler's cache on disk. The next forward
   after that finds it there. The thread takes no memory of the card; it shares the interpreter with the
   eager forward, which hardly notices, because it waits for the card most of the time.
+- A module inside a block carries a hook (a LoRA at another strength, say): the block runs eagerly, because
+compiled
+  code would pass the hook by.
 - Compiling fails, or there are more sizes than graphs are allowed: the eager block goes on serving, and
 `notes` says
   so.
@@ -131,10 +134,10 @@ class CompiledBlocks:
             if behind.is_alive():
                 continue
             del self._behind[signature]
-            if behind.problem is None:
-                self._ready.add(signature)
-            else:
+            if behind.problem is not None:
                 self._refuse(signature, behind.problem)
+            elif behind.has_compiled:
+                self._ready.add(signature)
 
     def wait(self) -> None:
         """Wait until nothing is being compiled behind, then take it up."""
@@ -159,7 +162,7 @@ class CompiledBlocks:
 
     def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Tensor:
         signature = _signature(args)
-        if signature not in self._ready and not self._begin(signature, block, args):
+        if _has_inner_hooks(block) or (signature not in self._ready and not self._begin(signature, block, args)):
             return self._eager(block, *args)
         try:
             out: Tensor = self._compiled(block, *args)
@@ -196,7 +199,11 @@ class _Compiled(BaseException):
 
 
 class _Behind(threading.Thread):
-    """Compiles a block for one signature without running it. `problem`: what went wrong, if anything."""
+    """Compiles a block for one signature without running it. `problem`: what went wrong, if anything.
+
+    `has_compiled` stays False where torch.compile was told to run eagerly meanwhile; then it may be tried
+    again.
+    """
 
     def __init__(
         self,
@@ -207,6 +214,7 @@ class _Behind(threading.Thread):
     ) -> None:
         super().__init__(name="compile-behind", daemon=True)
         self.problem: Exception | None = None
+        self.has_compiled = False
         self._function = torch.compile(function, backend=_compile_only(backend), fullgraph=True, dynamic=False)
         self._mode = FakeTensorMode()
         self._block = _without_storage(block, self._mode)
@@ -218,7 +226,7 @@ class _Behind(threading.Thread):
             with torch.inference_mode(self._inference), torch.no_grad(), self._mode:
                 self._function(self._block, *self._args)
         except _Compiled:
-            pass
+            self.has_compiled = True
         except Exception as error:  # noqa: BLE001 whatever a compiler raises, the job goes on eagerly and it is said
             self.problem = error
 
@@ -249,6 +257,11 @@ def _without_storage(block: nn.Module, mode: FakeTensorMode) -> nn.Module:
         return copy.deepcopy(block, memo)
     finally:
         block.__dict__["forward"] = forward
+
+
+def _has_inner_hooks(block: nn.Module) -> bool:
+    """Whether something inside the block is watched or adjusted: compiled code would not see that."""
+    return any(child._forward_hooks or child._forward_pre_hooks for child in block.modules() if child is not block)
 
 
 def _fake(arg: Any, mode: FakeTensorMode) -> Any:

@@ -148,17 +148,13 @@ def _pixels_then_end(latent_frames: int, given: Given, encode: Encode, filling: 
 
 
 def _pixels(frames: int, given: Given, filling: Filling, end_frames: int) -> Tensor:
-    empty = frames - given.start.shape[2] - end_frames
-    if empty < 0:
-        raise ValueError(f"{frames} frames cannot hold {given.start.shape[2]} start and {end_frames} end frames")
-    middle = filling.like(given.anchor, empty).clamp(-1.0, 1.0)
+    middle = filling.like(given.anchor, frames - given.start.shape[2] - end_frames).clamp(-1.0, 1.0)
     end = _end(given).expand(-1, -1, end_frames, -1, -1)
     return torch.cat([given.start, middle, end], dim=2)
 
 
 def _end(given: Given) -> Tensor:
-    if given.end is None:
-        raise ValueError("no end picture")
+    assert given.end is not None, "condition() lets no end layout through without its end"
     return given.end
 
 

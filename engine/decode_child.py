@@ -24,27 +24,18 @@ from typing import Any, NamedTuple
 IMPORTS_FAILED = 3
 """Exit status: the installation is broken, the file is innocent."""
 
+_LAZY_IN_AV = ("av.subtitles.stream", "av.subtitles.codeccontext")
 MODULES = {
-    "PNG": ("PIL.PngImagePlugin", "PIL.TiffImagePlugin"),
+    "PNG": ("PIL.PngImagePlugin", "PIL.TiffImagePlugin", "PIL.ImageChops"),
     "JPEG": ("PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "PIL.ImageChops"),
     "WEBP": ("PIL.WebPImagePlugin", "PIL.TiffImagePlugin", "PIL.ImageChops"),
-    "mov": ("av", "av.subtitles.stream", "av.subtitles.codeccontext", "PIL.ImageFile"),
-    "matroska": ("av", "av.subtitles.stream", "av.subtitles.codeccontext", "PIL.ImageFile"),
+    "mov": ("av", *_LAZY_IN_AV, "PIL.ImageFile"),
+    "matroska": ("av", *_LAZY_IN_AV, "PIL.ImageFile"),
 }
-"""All that decoding a format may import, lazy imports of Pillow included: later, no file can be opened."""
+"""All that decoding a format imports, lazy imports of the libraries included: later, no file can be opened."""
 
 # What Pillow 13 raises for broken files, found by mutating good ones. Anything else is a bug and ends us.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
-)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 
 # libavcodec's decoders for what phones, browsers, editors and this worker write.
 CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1")
@@ -152,9 +143,7 @@ def _to_rgb(image: Any, depth: int) -> Any:
     if image.mode in ("1", "L", "I;16"):
         return _grey_to_rgb(image, depth, key)
     if image.mode == "RGB" and key is not None:
-        key = (
-            tuple(sample >> 8 for sample in key) if depth == 16 else key
-        )  # Pillow keeps the high byte of a sample
+        key = tuple(sample >> 8 for sample in key) if depth == 16 else key  # Pillow keeps the high byte of a sample
     if key is not None:
         image.info["transparency"] = key
     if key is None and image.mode not in ("RGBA", "LA", "PA"):
@@ -262,6 +251,8 @@ def _packets(container: Any, stream: Any, rules: dict[str, Any]) -> list[Any]:
 
 def _last_images(packets: list[Any], stream: Any, rules: dict[str, Any]) -> list[Any]:
     """Decode from the last key frame that is far enough from the end, and keep what was asked for."""
+    from av.video.reformatter import VideoReformatter
+
     wanted = rules["last_frames"]
     enough = max(1, len(packets) - wanted - REORDERED_FRAMES)
     begin = max((i for i, packet in enumerate(packets[:enough]) if packet.is_keyframe), default=0)
@@ -274,13 +265,14 @@ def _last_images(packets: list[Any], stream: Any, rules: dict[str, Any]) -> list
         raise Refused("too_short")
     if any(frame.is_corrupt for frame in last) or len({(frame.height, frame.width) for frame in last}) > 1:
         raise Refused("damaged")
-    return [_frame_to_rgb(frame) for frame in last]
+    converter = VideoReformatter()
+    return [_frame_to_rgb(converter, frame) for frame in last]
 
 
-def _frame_to_rgb(frame: Any) -> Any:
+def _frame_to_rgb(converter: Any, frame: Any) -> Any:
     from PIL import Image
 
-    plane = frame.reformat(format="rgb24").planes[0]
+    plane = converter.reformat(frame, format="rgb24", threads=1).planes[0]
     rgb = Image.frombuffer("RGB", (frame.width, frame.height), plane, "raw", "RGB", plane.line_size, 1)
     return rgb.rotate(frame.rotation, expand=True) if frame.rotation % 360 else rgb.copy()
 
@@ -314,12 +306,7 @@ def main(order: dict[str, Any]) -> None:
     except Refused as refusal:
         sys.stdout.write(json.dumps({"refused": refusal.reason}) + "\n")
     else:
-        head = {
-            "frames": decoded.frames,
-            "height": decoded.height,
-            "width": decoded.width,
-            "fps": decoded.fps,
-        }
+        head = {name: getattr(decoded, name) for name in ("frames", "height", "width", "fps")}
         sys.stdout.buffer.write(json.dumps(head).encode() + b"\n")
         sys.stdout.buffer.writelines(decoded.pixels)
     sys.stdout.flush()

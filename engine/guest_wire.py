@@ -81,7 +81,9 @@ def _exchange(connection: socket.socket, target: Target, request: Any, deadline:
     lines = [f"{request.method} {target.path} HTTP/1.1", f"Host: {target.authority}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     wire = _Wire(connection, deadline)
-    wire.send("\r\n".join((*lines, "", "")).encode("latin-1") + (request.body or b""))
+    body = request.body or b""
+    wire.send("\r\n".join((*lines, "", "")).encode("latin-1"))
+    wire.send(body if isinstance(body, bytes) else body.read())
     response = http.client.HTTPResponse(cast(socket.socket, wire), method=request.method)
     response.begin()
     wire.left_bytes = None

@@ -36,9 +36,7 @@ from torch.nn import functional
 SMALLEST_AMAX = 1e-12  # a row of zeros must not divide by zero; far below any value a layer sees
 INT8_MIN_ROWS = 17  # torch._int_mm on CUDA refuses 16 rows or fewer (aten/native/cuda/Blas.cpp)
 SIDE_MULTIPLE = 16  # torch._scaled_mm needs both sides of the weight in 16-byte steps; _int_mm asks for 8
-MIN_SNR_DB = (
-    35.0  # the fast product against its own float32 value: only bf16 rounding and the accumulator differ
-)
+MIN_SNR_DB = 35.0  # the fast product against its own float32 value: only bf16 rounding and the accumulator differ
 
 KEEP: Mapping[str, str] = {
     r"(^|\.)condition_embedder\.": "time, text and picture embedders: run once a forward, steer all of it",
@@ -73,9 +71,7 @@ class Linear8(nn.Module):
     weight_q: Tensor
     weight_scale: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, kind: str, device: str | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, kind: str, device: str | None = None) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -217,7 +213,10 @@ def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP)
         ValueError: the model carries live LoRA adapters. They belong into the weight before it is rounded.
     """
     names, kept = [], {}
-    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
+    # Names first, each layer when its turn comes: a list of layers would keep every wide weight until the end.
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         if name.endswith(".base_layer") or ".lora_" in name:
             raise ValueError(f"{name} is a live LoRA adapter: merge adapters before quantising")
         reason = next((why for pattern, why in keep.items() if re.search(pattern, name)), None)

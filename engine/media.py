@@ -8,9 +8,7 @@ from schemas.errors import InvalidMedia
 
 Fetch = Callable[[str], bytes]
 
-_DATA_URI = re.compile(
-    r"data:(?P<type>[\w.+/-]*)(;[\w.+=\"-]*)*?(?P<base64>;base64)?,", re.IGNORECASE | re.ASCII
-)
+_DATA_URI = re.compile(r"data:(?P<type>[\w.+/-]*)(;[\w.+=\"-]*)*?(?P<base64>;base64)?,", re.IGNORECASE | re.ASCII)
 _STANDARD = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 _URL_SAFE = re.compile(r"[A-Za-z0-9_-]*={0,2}")
 

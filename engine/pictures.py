@@ -19,9 +19,7 @@ MIN_SIDE = 16
 MAX_JPEG_SCANS = 64  # an ordinary progressive JPEG has 10; each costs a pass over all coefficients
 MAX_JPEG_SEGMENTS = 10_000
 
-_LIMITS = sandbox.Limits(
-    wall_s=5.0, cpu_s=5, memory_bytes=2**30, result_bytes=3 * MAX_PIXELS + sandbox.MAX_HEAD_BYTES
-)
+_LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=2**30, result_bytes=3 * MAX_PIXELS + sandbox.MAX_HEAD_BYTES)
 _SENTENCES = {
     "too_large": f"the picture is over {MAX_PIXELS:,} pixels, or a side is over {MAX_SIDE}",
     "too_small": f"a side of the picture is under {MIN_SIDE} pixels",
@@ -29,9 +27,7 @@ _SENTENCES = {
     "slow": "the picture takes too long to decode",
     "damaged": "the picture is damaged or cut short",
 }
-_JPEG_MARKER = re.compile(
-    rb"\xff[\xc0-\xcf\xd8-\xfe]"
-)  # not stuffed zeros, fill bytes, restarts or reserved codes
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # not stuffed zeros, fill bytes, restarts or reserved codes
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.s3_errors import KeyMissing, KeyTaken, RightMissing, StoreUnwell
 from engine.upload import upload
 from schemas.errors import DeliveryFailed, JobTimeout, WorkerError, WorkerShutdown
 
-RECORD_S = 10.0
+RECORD_S = 5.0
 """How long a job waits for its record, which serves a second coming of the job and not this answer."""
 
 _log = logging.getLogger(__name__)
@@ -32,8 +33,13 @@ class Terms:
     retry_s: float
     pause: Callable[[float], None]
 
-    def patience(self, at_most_s: float = float("inf")) -> Patience:
-        return Patience.lasting(min(self.retry_s, at_most_s), self.pause)
+    def patience(self) -> Patience:
+        """For a file: as long as the operator set, or until the job's pause ends it."""
+        return Patience.lasting(self.retry_s, self.pause)
+
+    def brief(self) -> Patience:
+        """For a record, which may neither hold nor fail the job."""
+        return Patience.lasting(min(self.retry_s, RECORD_S))
 
     def key(self, name: str) -> str:
         return "/".join(part for part in (self.prefix.strip("/"), name) if part)
@@ -43,24 +49,28 @@ class Terms:
 class GuestStore:
     """The bucket of a request's `s3Config`. What stands in it is the caller's word, and is not believed.
 
-    A file that it does not take is lost with the job: to send it later, the caller's keys would have to be
-    kept.
+    A file that it does not take is lost with the job: to send it later, the caller's keys would have to be kept.
     """
 
     bucket: Bucket
     terms: Terms
 
+    @cached_property
+    def _objects(self) -> Objects:
+        """A client of this job's own, so that the caller's keys go when the job goes."""
+        return Objects(self.bucket)
+
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
         key = self.terms.key(job_key(job_id, name))
         try:
-            return _send(self.bucket, self.terms, file, key)
+            return _send(self._objects, self.terms, file, key)
         except DeliveryFailed as error:
             raise type(error)(f"{error.sentence}; {key} was not stored") from error
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
         """Try the keys, no more: a record here could make the worker answer whatever its owner likes."""
         del input_sha256
-        _read(connect(self.bucket), self.terms.key(job_key(job_id, "result.json")), self.terms)
+        _read(self._objects, self.terms.key(job_key(job_id, "result.json")), self.terms)
         return None
 
     def record(
@@ -68,7 +78,7 @@ class GuestStore:
     ) -> dict[str, Any]:
         key = self.terms.key(job_key(job_id, "result.json"))
         try:
-            _write(connect(self.bucket), key, make_record(input_sha256, response, delivered), self.terms)
+            _write(self._objects, key, make_record(input_sha256, response, delivered), self.terms)
         except DeliveryFailed as error:
             _log.warning("%s was not recorded: %s", key, error.sentence)
         return response
@@ -85,7 +95,7 @@ class S3Store:
     def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
         key = self.terms.key(job_key(job_id, name))
         try:
-            return _send(self.bucket, self.terms, file, key)
+            return _send(connect(self.bucket), self.terms, file, key)
         except (DeliveryFailed, JobTimeout, WorkerShutdown) as error:
             raise self._kept(file, key, error) from error
 
@@ -121,15 +131,21 @@ class S3Store:
                 continue
             answer = self._answer(objects, standing)
             if answer is not None:
-                for ours in record.objects.keys() - standing.objects.keys():
-                    objects.delete(ours, self.terms.patience(RECORD_S))
+                self._discard(objects, record.objects.keys() - standing.objects.keys())
             return answer
         return None
+
+    def _discard(self, objects: Objects, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                objects.delete(key, self.terms.brief())
+            except DeliveryFailed as error:
+                _log.warning("%s, which nobody was told of, stays: %s", key, error.sentence)
 
     def _answer(self, objects: Objects, record: Record) -> dict[str, Any] | None:
         try:
             for key, sha256 in record.objects.items():
-                if objects.head(key, self.terms.patience(RECORD_S)).sha256 != sha256:
+                if objects.head(key, self.terms.brief()).sha256 != sha256:
                     return None
         except (KeyMissing, RightMissing, StoreUnwell) as error:
             _log.warning("a recorded file cannot be found: %s", error.sentence)
@@ -149,21 +165,20 @@ class S3Store:
         return type(error)(f"{error.sentence}; the file is kept and will be stored as {key}")
 
 
-def _send(bucket: Bucket, terms: Terms, file: MediaFile, key: str) -> Delivered:
-    objects = connect(bucket)
+def _send(objects: Objects, terms: Terms, file: MediaFile, key: str) -> Delivered:
     stored = upload(objects, file, key, terms.patience())
     return Delivered(objects.sign(stored, terms.url_expiry_s), stored, "s3", file.sha256, file.size_bytes)
 
 
 def _write(objects: Objects, key: str, record: Record, terms: Terms) -> None:
     body = record.to_bytes()
-    objects.create(key, body, "application/json", hashlib.sha256(body).hexdigest(), terms.patience(RECORD_S))
+    objects.create(key, body, "application/json", hashlib.sha256(body).hexdigest(), terms.brief())
 
 
 def _read(objects: Objects, key: str, terms: Terms) -> Record | None:
     """The record; None if there is none, it may not be read, or the store is unwell: the job goes on."""
     try:
-        return read_record(objects.read(key, MAX_BYTES, terms.patience(RECORD_S)))
+        return read_record(objects.read(key, MAX_BYTES, terms.brief()))
     except (KeyMissing, RightMissing):
         return None
     except StoreUnwell as error:

@@ -92,9 +92,7 @@ def decode(data: bytes, form: str, rules: dict[str, Any], limits: Limits) -> Ras
 def _package_folders() -> list[str]:
     """Where Pillow and PyAV lie: the child runs without site-packages of its own."""
     specs = [importlib.util.find_spec(package) for package in ("PIL", "av")]
-    return sorted(
-        {str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin}
-    )
+    return sorted({str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin})
 
 
 def _run(order: str, source: int, result: int, wall_s: float) -> int:

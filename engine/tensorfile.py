@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,15 +64,19 @@ class TensorFiles:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+        return tuple(self._read(name, "get_slice").get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in the file's dtype, mapped and not yet read."""
-        try:
-            tensor: torch.Tensor = self._handle(self._file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise WeightsCorrupt(f"{name} cannot be read from {self._file_of[name]}") from error
+        tensor: torch.Tensor = self._read(name, "get_tensor")
         return tensor
+
+    def _read(self, name: str, method: Literal["get_slice", "get_tensor"]) -> Any:
+        handle = self._handle(self._file_of[name])
+        try:
+            return getattr(handle, method)(name)
+        except SafetensorError as error:
+            raise WeightsCorrupt(f"{name} is not in {self._file_of[name]}") from error
 
     def _index(self, names: Sequence[str]) -> dict[str, str]:
         if len(names) == 1:

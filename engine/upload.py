@@ -12,7 +12,7 @@ from engine.delivery import with_suffix
 from engine.outputs import MediaFile
 from engine.s3 import Objects, Patience
 from engine.s3_errors import KeyMissing, KeyTaken, StoreUnwell
-from schemas.errors import DeliveryFailed, EncodingFailed
+from schemas.errors import DeliveryFailed, EncodingFailed, JobTimeout, WorkerShutdown
 
 PART_BYTES = 8 * 2**20
 MULTIPART_BYTES = 16 * 2**20
@@ -113,19 +113,20 @@ def _put_in_parts(objects: Objects, file: MediaFile, key: str, patience: Patienc
             objects.put_part(key, upload_id, number, part, patience) for number, part in enumerate(_parts(file.path), 1)
         ]
         objects.finish_upload(key, upload_id, etags, patience)
+    except (JobTimeout, WorkerShutdown):
+        raise  # there is no time; whoever delivers the file later cleans up
     except BaseException:
-        _clean_up(objects, key, [upload_id])
+        _clean_up(objects, key, [upload_id], Patience.lasting(0.0))
         raise
-    _clean_up(objects, key, None)
+    _clean_up(objects, key, None, Patience.lasting(CLEANUP_S))
 
 
-def _clean_up(objects: Objects, key: str, upload_ids: list[str] | None) -> None:
-    """Abort these uploads, or all under `key`: now that the object stands, none of them can be needed.
+def _clean_up(objects: Objects, key: str, upload_ids: list[str] | None, patience: Patience) -> None:
+    """Abort these uploads, or all under `key`: once the object stands, none of them can be needed.
 
     They come from answers that were lost and from workers that were killed. If the store is out of reach they
     stay, which costs the operator storage until a lifecycle rule ends them, and the job nothing.
     """
-    patience = Patience.lasting(CLEANUP_S)
     try:
         for upload_id in objects.unfinished_uploads(key, patience) if upload_ids is None else upload_ids:
             objects.abort_upload(key, upload_id, patience)

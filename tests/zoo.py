@@ -62,6 +62,19 @@ def photo(height: int = 48, width: int = 64) -> Image.Image:
     return Image.fromarray(rgb.astype(np.uint8))
 
 
+def quarters(*colours: object, dtype: type = np.uint8) -> np.ndarray:
+    """A picture of 32 x 48 in four flat quarters: top left, top right, bottom left, bottom right."""
+    top_left, top_right, bottom_left, bottom_right = (np.array(colour, dtype) for colour in colours)
+    picture = np.empty((32, 48, *top_left.shape), dtype)
+    picture[:16, :24], picture[:16, 24:] = top_left, top_right
+    picture[16:, :24], picture[16:, 24:] = bottom_left, bottom_right
+    return picture
+
+
+RED, GREEN, BLUE, GREY = (200, 0, 0), (0, 180, 0), (0, 0, 160), (90, 90, 90)
+QUARTERS = Image.fromarray(quarters(RED, GREEN, BLUE, GREY))
+
+
 def save(image: Image.Image, form: str, **options: Any) -> bytes:
     file = BytesIO()
     image.save(file, form, **options)
@@ -217,7 +230,15 @@ def _foreign() -> Iterator[Specimen]:
 
 def _interlaced() -> bytes:
     rows = b""
-    for top, left, down, right in ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)):
+    for top, left, down, right in (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ):
         rows += bytes(1 + 3 * len(range(left, 20, right))) * len(range(top, 18, down))
     return png(20, 18, rows, interlace=1)
 

@@ -225,3 +225,10 @@ def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: R
         if event.at > running.server.of("result", job_id)[0].at
     ]
     assert late == []
+
+
+@pytest.mark.soak
+def test_no_canary_is_in_the_log_after_200_jobs(running: Running) -> None:
+    for _ in range(29):  # 7 jobs each
+        run_jobs_with_canaries(running)
+    assert "canary" not in running.worker.log().lower()

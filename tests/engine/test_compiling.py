@@ -92,6 +92,26 @@ def test_hooks_run_around_the_compiled_block(tmp_path):
     assert graph_count() == 1
 
 
+def test_hook_inside_a_block_is_not_passed_by(tmp_path):
+    model = make_wan(0)
+    CompiledBlocks([model], warm(tmp_path), backend="eager")
+    compiled = forward(model)
+    handle = model.blocks[1].ffn.net[2].register_forward_hook(lambda _module, _inputs, out: out + 1)
+    assert not torch.equal(forward(model), compiled)
+    handle.remove()
+    assert torch.equal(forward(model), compiled)
+    assert graph_count() == 1
+
+
+def test_hook_inside_a_block_starts_no_compilation():
+    model = make_wan(0)
+    blocks = CompiledBlocks([model], backend="eager")
+    for block in model.blocks:
+        block.ffn.net[2].register_forward_hook(lambda _module, _inputs, out: out)
+    forward(model)
+    assert blocks._behind == {}
+
+
 def test_cold_cache_serves_eagerly_while_it_compiles_behind():
     """The compiler is held until the eager forward is done: if the job waited for it, this would never
     end."""
@@ -129,6 +149,19 @@ def test_thread_compiles_without_running_or_holding_memory():
     blocks.wait()
     assert runs == []
     assert set(storages) == {"FakeTensor"}
+
+
+def test_compilation_that_was_skipped_behind_is_tried_again():
+    model = make_wan(0)
+    blocks = CompiledBlocks([model], backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        forward(model)
+        blocks.wait()
+    assert blocks._ready == set()
+    forward(model)
+    blocks.wait()
+    assert len(blocks._ready) == 1
+    assert blocks.notes == []
 
 
 def test_compiler_that_fails_behind_leaves_the_eager_block_and_a_note():

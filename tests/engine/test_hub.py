@@ -141,6 +141,18 @@ def test_hub_says_when_nobody_answers(server: HubServer) -> None:
         hub.commit(SOURCE)
 
 
+def test_hub_follows_to_the_store_of_large_files_without_the_token(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub = hub_of(server)
+    with HubServer(server.root) as store:
+        server.faults.redirect_to = store.url
+        hub.fetch(SOURCE, file_named(hub, "model.safetensors"), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+    assert (server.tokens, store.tokens) == ({"Bearer hf_secret"}, {""})
+
+
 def test_hub_asks_once_for_the_commit_of_a_branch(server: HubServer) -> None:
     hub = hub_of(server)
     assert [hub.commit(SOURCE), hub.commit(SOURCE)] == [COMMIT, COMMIT]

@@ -1,5 +1,7 @@
 """8-bit linear layers: the arithmetic, the state, the guards, and that a compiled one is a single graph."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine import linear8
 from engine.linear8 import Linear8, quantise, replace_linears, set_kind
 
 ALL_KINDS = ("fp8", "int8", "fp8-weights", "int8-weights")
@@ -121,6 +124,23 @@ def test_replace_says_which_layers_the_kernel_would_refuse():
     replaced = replace_linears(model, "fp8")
     assert replaced.names == ("0",)
     assert "multiple of 16" in replaced.kept["1"]
+
+
+def test_replace_lets_each_wide_weight_go_before_the_next_one():
+    """On a card of 48 GB a 29 GB model has no room for all its layers twice."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    alive = [weakref.ref(layer.weight) for layer in model]
+    seen = []
+    quantise_one = linear8.quantise
+
+    def watched(weight, kind):
+        seen.append(sum(ref() is not None for ref in alive))
+        return quantise_one(weight, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear8, "quantise", watched)
+        replace_linears(model, "fp8")
+    assert seen == [4, 3, 2, 1]
 
 
 def test_replace_refuses_live_adapters():

@@ -162,6 +162,14 @@ def test_record_of_a_slower_twin_gives_way_with_its_files(swift, bucket, store, 
     assert sorted(contents(swift, bucket)) == [f"{FOLDER}/result.json", f"{FOLDER}/video.mp4"]
 
 
+def test_record_of_a_slower_twin_answers_right_when_its_files_cannot_be_deleted(proxy, store, make_file) -> None:
+    first, second = (store.deliver(make_file(), "job-7", "video.mp4") for _ in range(2))
+    store.record("job-7", INPUT, {"video_url": first.url, "seed": 1}, [first])
+    proxy.inject("503", 50, matching="DELETE")
+    late = out(store).record("job-7", INPUT, {"video_url": second.url, "seed": 2}, [second])
+    assert late["seed"] == 1
+
+
 def test_record_is_kept_when_its_answer_is_lost(proxy, store, make_file) -> None:
     proxy.inject("lost", 1, matching="PUT .*result.json")
     assert finish(store, make_file())["seed"] == 5
@@ -267,6 +275,12 @@ def test_guest_with_wrong_keys_is_refused_before_any_work(guest) -> None:
     with pytest.raises(StoreRefused) as caught:
         wrong.recall("job-7", INPUT)
     assert caught.value.sentence == "the store says that the secret key is wrong; check s3Config.accessSecret"
+
+
+def test_guests_keys_are_in_no_cache(guest, make_file) -> None:
+    before = connect.cache_info()
+    finish(guest, make_file())
+    assert connect.cache_info() == before
 
 
 def test_guest_that_is_out_leaves_nothing_behind(proxy, guest, make_file, tmp_path, caplog) -> None:

@@ -115,7 +115,7 @@ DEATHS = {
     "answers true": 'print(\'{"frames": true, "height": 2, "width": 2, "fps": null}\\n123456789012\', end="")',
     "answers fps that is no number": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": NaN}\\n123456789012\', end="")',
     "answers a further field": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": null, "x": 1}\\n123456789012\', end="")',
-    "refuses for a reason of its own": "print('{\"refused\": \"<b>your secret</b>\"}')",
+    "refuses for a reason of its own": 'print(\'{"refused": "<b>your secret</b>"}\')',
     "refuses for a list": "print('{\"refused\": [1]}')",
     "talks on stderr and fails": "import sys; sys.stderr.write('x' * 10**6); raise SystemExit(1)",
 }

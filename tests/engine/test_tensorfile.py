@@ -91,6 +91,15 @@ def test_files_reads_shards_by_their_index(tmp_path: Path) -> None:
     assert [files.tensor("b").item(), files.tensor("a").item(), files.tensor("b").item()] == [2, 1, 2]
 
 
+@pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_files_refuses_an_index_that_names_what_is_not_there(tmp_path: Path, shard: str) -> None:
+    """The first shard is there without the tensor, the second not at all."""
+    save_file({"a": torch.tensor(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": shard}}))
+    with pytest.raises(WeightsCorrupt, match=shard):
+        TensorFiles(tmp_path).shape("b")
+
+
 def test_files_refuses_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsCorrupt, match="no safetensors files"):
         TensorFiles(tmp_path)

@@ -1,6 +1,8 @@
 """A file into a bucket through all that goes wrong on the way: the object is right, or there is an error."""
 
+import gc
 import hashlib
+import logging
 import os
 import random
 import subprocess
@@ -11,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from engine import upload as upload_module
 from engine.bucket import Bucket
 from engine.s3 import Objects, Patience, connect
 from engine.s3_errors import KeyTaken, StoreUnwell
 from engine.upload import take_fingerprint, upload
-from schemas.errors import EncodingFailed
+from schemas.errors import EncodingFailed, WorkerShutdown
 from tests.servers.buckets import bucket_at, contents, hurried, media_file, unfinished
 from tests.servers.fault_proxy import FAULTS, FaultProxy
 from tests.servers.plain_store import PlainStore
@@ -142,6 +146,24 @@ def test_upload_in_parts_that_fails_leaves_no_parts_behind(swift, proxy, bucket,
     assert (contents(swift, bucket), unfinished(swift, bucket)) == ({}, [])
 
 
+def test_upload_in_parts_does_not_clean_up_when_the_worker_is_taken_away(proxy, bucket, make_file) -> None:
+    def pause(_seconds: float) -> None:
+        raise WorkerShutdown("the platform takes the worker away")
+
+    proxy.inject("503", 1, matching="PUT .*partNumber=2")
+    with pytest.raises(WorkerShutdown):
+        upload(connect(bucket), make_file(LARGE), KEY, Patience.lasting(60.0, pause))
+    assert [request.method for request in proxy.requests] == ["POST", "PUT", "PUT"]
+
+
+def test_upload_cleans_up_what_a_killed_worker_left(swift, bucket, make_file) -> None:
+    file = make_file(LARGE)
+    connect(bucket).start_upload(KEY, "video/mp4", file.sha256, patient())
+    connect(bucket).start_upload(KEY + "x", "video/mp4", file.sha256, patient())  # another key: not ours to end
+    upload(connect(bucket), file, KEY, patient())
+    assert unfinished(swift, bucket) == [KEY + "x"]
+
+
 def test_upload_twice_is_one_object(swift, bucket, make_file) -> None:
     file = make_file(SMALL)
     assert [upload(connect(bucket), file, KEY, patient()) for _ in range(2)] == [KEY, KEY]
@@ -194,6 +216,16 @@ def test_upload_keeps_bytes_intact_on_a_store_with_quirks(make_file, quirks) -> 
         assert upload(connect(bucket_at(store.endpoint)), file, KEY, patient()) == KEY
         assert store.objects[KEY].body == file.path.read_bytes()
         assert store.objects[KEY].headers["Content-Type"] == "video/mp4"
+
+
+def test_boto3_as_it_comes_fails_on_a_store_without_checksums() -> None:
+    """The control of the test above."""
+    with PlainStore("no-checksums") as store:
+        client = boto3.session.Session().client(
+            "s3", endpoint_url=store.endpoint, aws_access_key_id="a", aws_secret_access_key="b", region_name="us-east-1"
+        )
+        with pytest.raises(ClientError, match="NotImplemented"):
+            client.put_object(Bucket="bucket", Key=KEY, Body=b"x")
 
 
 def test_upload_replaces_nothing_on_a_store_without_conditional_writes(make_file) -> None:
@@ -271,6 +303,7 @@ def check_kill(swift, proxy, bucket, file, after_s: float) -> None:
     sender.kill()
     said = sender.communicate()[0]
     assert (KEY in contents(swift, bucket)) or said == b""
+    proxy.bytes_per_s = None
     assert upload(connect(bucket), file, KEY, patient()) == KEY
     check_arrival(swift, bucket, file)
 
@@ -291,18 +324,46 @@ def test_upload_is_right_after_twenty_kills(swift, proxy, bucket, make_file, see
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_thousand_uploads_leave_memory_and_descriptors_flat(swift, bucket, make_file) -> None:
-    direct = connect(replace(bucket, endpoint_url=swift.endpoint))
+    direct = replace(bucket, endpoint_url=swift.endpoint)
     file = make_file(300_000)
+    check_flat(1000, lambda count: deliver_and_delete(connect(direct), file, f"worker/{count:032x}/video.mp4"))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_three_hundred_guests_leave_memory_and_descriptors_flat(swift, bucket, make_file) -> None:
+    """Each has keys, and so a client, of its own."""
+    direct = replace(bucket, endpoint_url=swift.endpoint, guest_allow=(f"127.0.0.1:{swift.port}",))
+    file = make_file(300_000)
+    check_flat(300, lambda count: deliver_and_delete(Objects(direct), file, f"worker/{count:032x}/video.mp4"))
+
+
+@pytest.mark.soak
+def test_a_leak_of_a_hundred_kilobytes_a_job_would_be_seen() -> None:
+    kept = []
+    with pytest.raises(AssertionError):
+        check_flat(300, lambda _: kept.append(os.urandom(100_000)))
+
+
+def deliver_and_delete(objects: Objects, file, key: str) -> None:
+    upload(objects, file, key, patient())
+    objects.sign(key, 60)
+    objects.delete(key, patient())
+
+
+def check_flat(count: int, job) -> None:
+    """Run the job; after the first hundred, memory and descriptors stay where they are."""
     base = (0, 0)
-    for count in range(1000):
-        key = f"worker/{count:032x}/video.mp4"
-        upload(direct, file, key, patient())
-        direct.sign(key, 60)
-        direct.delete(key, patient())
-        if count == 100:
+    for number in range(count):
+        job(number)
+        if number == 100:
+            gc.collect()
             base = resident_bytes(), open_descriptors()
-    assert resident_bytes() - base[0] < 16 * 2**20
-    assert open_descriptors() <= base[1]
+    gc.collect()
+    grown = resident_bytes() - base[0], open_descriptors() - base[1]
+    logging.getLogger(__name__).warning("%d jobs: %d kB, %d descriptors more", count, grown[0] // 1024, grown[1])
+    assert grown[0] < 16 * 2**20
+    assert grown[1] <= 0
 
 
 def resident_bytes() -> int:

@@ -29,6 +29,8 @@ class Faults:
     """paths that are listed and answer 404."""
     status: dict[str, tuple[int, str]] = field(default_factory=dict)
     """repo -> (HTTP status, X-Error-Code) for every call."""
+    redirect_to: str = ""
+    """Address of another server that every file is on, as the hub's large files are."""
 
 
 class HubServer:
@@ -40,7 +42,9 @@ class HubServer:
         self.sent: list[tuple[str, int, int]] = []
         """(path, first byte, bytes sent) of every file transfer."""
         self.calls: list[str] = []
-        """Every path that was asked for, with its method."""
+        """Every path that was asked for."""
+        self.tokens: set[str] = set()
+        """Every Authorization header that came."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
 
     @property
@@ -81,6 +85,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             hub.calls.append(self.path)
+            hub.tokens.add(self.headers.get("Authorization", ""))
             path = self.path.partition("?")[0]
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
                 self._with_repo(match[1], lambda: self._json({"id": match[1], "sha": COMMIT, "siblings": []}))
@@ -107,6 +112,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _file(self, repo: str, name: str) -> None:
             key = f"{repo}/{name}"
+            if hub.faults.redirect_to:
+                self.send_response(302)
+                self.send_header("Location", hub.faults.redirect_to + self.path)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if key in hub.faults.missing:
                 self._refuse(404, "EntryNotFound")
                 return
