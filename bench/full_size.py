@@ -74,7 +74,9 @@ def measure(models: ModelHandler, mode: str, folder: Path) -> dict[str, Any]:
         "forwards": forwards(),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-        "file": {k: v for k, v in file.items() if k in {"frames", "height", "width", "fps", "duration_s", "size_bytes"}},
+        "file": {
+            k: v for k, v in file.items() if k in {"frames", "height", "width", "fps", "duration_s", "size_bytes"}
+        },
         "notes": list(made.notes),
     }
 

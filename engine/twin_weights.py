@@ -63,7 +63,7 @@ def follow_pictures(transformer: Any) -> None:
             for colour in range(COLOURS):
                 patch[GIVEN + colour * 4 + place, 20 + channel, 0, h, w] = given[channel, colour]
                 wanted[place, channel, WANTED + colour * 4 + place] = -STEER * SPREAD * _copies()[channel, colour]
-    patch[MASK, 16:20] = 1 / 16
+    patch[MASK, 19] = 1 / 4  # the last of four sub-frames: named for a picture at the start, and at the end
     transformer.patch_embedding.weight.data.copy_(patch)
     transformer.patch_embedding.bias.data.zero_()
     transformer.patch_embedding.bias.data[[PLUS, MINUS]] = torch.tensor([CONSTANT, -CONSTANT])

@@ -1,7 +1,8 @@
 """Tiny twins: repositories of the published shape with random weights, built without a network.
 
-A twin has the classes, keys, files and tokenizers of the real model and a few thousand parameters. It makes
-no pictures anybody wants; it makes the whole path run on two CPU cores in seconds, the bake included.
+A twin has the classes, keys, files and tokenizers of the real model and few parameters. The whole path runs with
+it on two CPU cores in seconds, the bake included. What it paints is no art, but the video twins do show what they
+were given; see engine/twin_weights.py.
 """
 
 import json
@@ -18,10 +19,11 @@ from engine.profile import Component, Lora, Profile
 from engine.published import published_values
 from engine.tensorfile import DTYPES
 from engine.twin_tokenizers import CLIP_SIZE, UMT5_SIZE, write_clip, write_umt5
+from engine.twin_weights import HEAD, WIDTH, carry_colours, follow_pictures
 
 # What is smaller than published; all else is the same: strides, patch, latent statistics, schedule.
 WAN = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "freq_dim": 32, "num_layers": 3,
+    "num_attention_heads": 2, "attention_head_dim": HEAD, "ffn_dim": 128, "freq_dim": 32, "num_layers": 3,
     "text_dim": 32,
 }  # fmt: skip
 CLIP_TEXT = {
@@ -30,7 +32,7 @@ CLIP_TEXT = {
 }  # fmt: skip
 UNET = {"norm_num_groups": 4, "layers_per_block": 1, "addition_time_embed_dim": 8}
 SMALLER: Mapping[str, Mapping[str, Any]] = {
-    "wan21_i2v_transformer": {**WAN, "image_dim": 32, "added_kv_proj_dim": 32},
+    "wan21_i2v_transformer": {**WAN, "image_dim": 32, "added_kv_proj_dim": WIDTH},
     "wan22_i2v_transformer": WAN,
     "wan_vae": {"base_dim": 4, "num_res_blocks": 1},
     "umt5_xxl": {
@@ -56,6 +58,7 @@ SMALLER: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 LORA_RANK = 4
+LORA_SIZE = 0.03  # of its factors: the product is as large as the random part of the weights
 LORA_MODULES = (
     *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"),
     "ffn.0",
@@ -95,14 +98,13 @@ def lora_tensors(lora: Lora, style: str) -> dict[str, torch.Tensor]:
     svi: no prefix, lora_A.default; kijai: diffusion_model. and lora_A; lightx2v: the same, lora_down, alpha.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(lora.file.encode()))
-    width, inner = WAN["num_attention_heads"] * WAN["attention_head_dim"], WAN["ffn_dim"]
-    sizes = {"ffn.0": (inner, width), "ffn.2": (width, inner)}
+    sizes = {"ffn.0": (WAN["ffn_dim"], WIDTH), "ffn.2": (WIDTH, WAN["ffn_dim"])}
     tensors: dict[str, torch.Tensor] = {}
     for block in range(WAN["num_layers"]):
         for module in LORA_MODULES:
-            rows, columns = sizes.get(module, (width, width))
-            down = 0.1 * torch.randn(LORA_RANK, columns, generator=generator)
-            up = 0.1 * torch.randn(rows, LORA_RANK, generator=generator)
+            rows, columns = sizes.get(module, (WIDTH, WIDTH))
+            down = LORA_SIZE * torch.randn(LORA_RANK, columns, generator=generator)
+            up = LORA_SIZE * torch.randn(rows, LORA_RANK, generator=generator)
             tensors |= _styled(f"blocks.{block}.{module}", down, up, style)
     return tensors
 
@@ -119,7 +121,7 @@ def _styled(module: str, down: torch.Tensor, up: torch.Tensor, style: str) -> di
 
 
 def _write_model(component: Component, folder: Path) -> None:
-    """Random weights by the library's own initialisation, one seed a component, in files as published."""
+    """Weights by the library's own initialisation, one seed a component, in files as published."""
     values = twin_values(component)
     _write_json(folder / "config.json", values)
     cls = library_class(component)

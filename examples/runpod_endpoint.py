@@ -10,6 +10,7 @@ from typing import Any
 
 RUNPOD = "https://api.runpod.ai/v2/"
 MAX_BODY_BYTES = 10_000_000  # what RunPod takes on /run
+POLL_S = 2.0
 MAX_MISSES = 10  # polls in a row that may fail before the job is given up
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 LOST = (401, 403, 404)  # polls that no patience helps: the key, or a result that is gone after 30 minutes
@@ -28,7 +29,6 @@ class Endpoint:
 
     url: str
     key: str
-    poll_s: float = 2.0
 
     @classmethod
     def named(cls, name: str) -> "Endpoint":
@@ -82,7 +82,7 @@ class Endpoint:
                     return answer
                 if "percent" in (answer.get("output") or {}):
                     show(answer["output"])
-            time.sleep(self.poll_s)
+            time.sleep(POLL_S)
 
     def _call(self, path: str, body: bytes | None = None) -> dict[str, Any]:
         """POST `body`, or GET without one."""

@@ -68,7 +68,8 @@ def hostile_urls(port: int) -> list[str]:
     forms = [f"http://{host}:{port}/" for host in hosts]
     forms += [
         f"http://u:p@127.0.0.1:{port}/", f"http://example.com@127.0.0.1:{port}/",
-        f"http://127.0.0.1:{port}\\@example.com/", f"http://127.0.0.1:{port}#@example.com/", f"http://127.0.0.1:{port}?@example.com/", f"http:\\\\127.0.0.1:{port}/",
+        f"http://127.0.0.1:{port}\\@example.com/", f"http://127.0.0.1:{port}#@example.com/",
+        f"http://127.0.0.1:{port}?@example.com/", f"http:\\\\127.0.0.1:{port}/",
         f"http://[fe80::1%25lo]:{port}/", f"http://[::1%lo]:{port}/", f"http://127.0.0.1:{port}/\r\nHost: a",
         f"http://127.0.0.1:{port}\t/", f"\thttp://127.0.0.1:{port}/", f"ftp://127.0.0.1:{port}/",
         f"file://127.0.0.1:{port}/", f"gopher://127.0.0.1:{port}/_x", f"//127.0.0.1:{port}/", f"http:127.0.0.1:{port}",

@@ -210,12 +210,20 @@ def test_fetch_raises_nothing_but_its_own_error_for_mutated_answers():
     assert outcomes == {bytes, FetchFailed}
 
 
-@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Content-Encoding: br", "Content-Encoding: zstd",
-                                    "Content-Encoding: gzip, identity", "Transfer-Encoding: gzip, chunked"])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Encoding: gzip",
+        "Content-Encoding: br",
+        "Content-Encoding: zstd",
+        "Content-Encoding: gzip, identity",
+        "Transfer-Encoding: gzip, chunked",
+    ],
+)
 def test_fetch_refuses_a_compressed_answer_unread(header):
-    with Peer(serve(gzip.compress(bytes(2**20)), headers=header + "\r\n")) as peer:
-        with pytest.raises(FetchFailed, match="compresses its answer"):
-            fetch.fetch(peer.url(), allow=peer.allow)
+    bomb = serve(gzip.compress(bytes(2**20)), headers=header + "\r\n")
+    with Peer(bomb) as peer, pytest.raises(FetchFailed, match="compresses its answer"):
+        fetch.fetch(peer.url(), allow=peer.allow)
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "206 Partial", "304 Same", "403 No", "404 No", "500 Oops"])

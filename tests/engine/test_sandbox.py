@@ -95,6 +95,12 @@ def test_child_could_do_all_that_without_its_limits(child):
     assert [found[name] for name in ("open", "create", "socket", "pipe", "memory")] == ["done"] * 5
 
 
+def answer(pixels: str = "1" * 12, **fields: object) -> str:
+    """A program that answers this head and these pixels."""
+    head = {"frames": 1, "height": 2, "width": 2, "fps": None} | fields
+    return f"print({json.dumps(head)!r}, {pixels!r}, sep='\\n', end='')"
+
+
 DEATHS = {
     "exits without a word": "",
     "exits with a failure": "raise SystemExit(1)",
@@ -108,13 +114,14 @@ DEATHS = {
     "answers a number": "print('1')",
     "answers null": "print('null')",
     "answers deep JSON": "print('[' * 250)",
-    "answers too few pixels": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": null}\\n12345678901\', end="")',
-    "answers too many pixels": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": null}\\n1234567890123\', end="")',
-    "answers negative sides": 'print(\'{"frames": 1, "height": -2, "width": -2, "fps": null}\\n123456789012\', end="")',
-    "answers sides that are no integers": 'print(\'{"frames": 1, "height": 2.0, "width": 2, "fps": null}\\n123456789012\', end="")',
-    "answers true": 'print(\'{"frames": true, "height": 2, "width": 2, "fps": null}\\n123456789012\', end="")',
-    "answers fps that is no number": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": NaN}\\n123456789012\', end="")',
-    "answers a further field": 'print(\'{"frames": 1, "height": 2, "width": 2, "fps": null, "x": 1}\\n123456789012\', end="")',
+    "answers too few pixels": answer(pixels="1" * 11),
+    "answers too many pixels": answer(pixels="1" * 13),
+    "answers negative sides": answer(height=-2, width=-2),
+    "answers sides that are no integers": answer(height=2.0),
+    "answers true": answer(frames=True),
+    "answers fps that is no number": answer(fps=float("nan")),
+    "answers fps of zero": answer(fps=0.0),
+    "answers a further field": answer(x=1),
     "refuses for a reason of its own": 'print(\'{"refused": "<b>your secret</b>"}\')',
     "refuses for a list": "print('{\"refused\": [1]}')",
     "talks on stderr and fails": "import sys; sys.stderr.write('x' * 10**6); raise SystemExit(1)",
@@ -130,15 +137,20 @@ def test_decode_refuses_as_damaged_when_the_child(how, child):
 
 
 def test_decode_believes_a_sound_answer(child):
-    child('print(\'{"frames": 2, "height": 1, "width": 2, "fps": 16.0}\\n123456789012\', end="")')
+    child(answer("123456789012", frames=2, height=1, fps=16.0))
     assert decode_png() == sandbox.Raster(2, 1, 2, 16.0, b"123456789012")
 
 
 @pytest.mark.parametrize(
     "program",
-    ["import time; time.sleep(60)", "while True: pass", "import os, time; os.close(2); time.sleep(60)",
-     "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", "import sys\nwhile True: sys.stderr.write('x' * 9999)"],
-)  # fmt: skip
+    [
+        "import time; time.sleep(60)",
+        "while True: pass",
+        "import os, time; os.close(2); time.sleep(60)",
+        "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)",
+        "import sys\nwhile True: sys.stderr.write('x' * 9999)",
+    ],
+)
 def test_decode_ends_a_child_at_the_wall_clock(program, child):
     child(program)
     started = time.monotonic()
@@ -165,11 +177,11 @@ def test_decode_leaves_no_zombie_no_descriptor_and_no_thread_after_100_deaths(ch
     child("import os, sys; os.kill(os.getpid(), 9) if sys.stdin.read() == 'kill' else os._exit(1)")
     with pytest.raises(Refused):
         decode_png()
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = descriptors(), threading.active_count()
     for round_ in range(100):
         with pytest.raises(Refused):
             decode_png(b"kill" if round_ % 2 else b"exit")
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (descriptors(), threading.active_count()) == before
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     states = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in children]
     assert "Z" not in states
@@ -228,6 +240,10 @@ sandbox.decode(scan_bomb(5000), "JPEG", {RULES!r}, sandbox.Limits(wall_s=0.5, cp
     while Path(f"/proc/{orphan}/cmdline").exists() and Path(f"/proc/{orphan}/cmdline").read_bytes():
         assert time.monotonic() < ends, "the orphan lives on"
         time.sleep(0.05)
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def wait_for_child(pid: int) -> int:

@@ -108,6 +108,16 @@ def test_step_returns_fp32_for_a_bf16_model():
     assert stepped.item() == pytest.approx(1.0 + 0.9524376 - 1.0, abs=1e-6)
 
 
+def test_step_never_searches_the_grid_for_its_place():
+    scheduler = ReferenceEuler(shift=5.0)
+    scheduler.set_timesteps(2)
+    scheduler.timesteps, first = torch.empty(0), scheduler.timesteps[0]  # a search would wait for the card
+
+    stepped = scheduler.step(torch.ones(1), first, torch.ones(1), return_dict=False)[0]
+
+    assert stepped.item() == pytest.approx(0.0049801, abs=1e-6)
+
+
 def test_scheduler_starts_anew_when_the_grid_is_laid_again():
     scheduler = ReferenceEuler(shift=5.0)
     runs = []

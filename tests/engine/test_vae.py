@@ -101,10 +101,16 @@ def test_decode_chunks_equals_stock_decode_when_tiled():
     assert torch.equal(torch.cat(chunks, dim=2), vae.decode(denormalise(vae, latents)).sample)
 
 
-def test_decode_chunks_equals_stock_decode_when_pixels_are_folded():
+def test_decode_chunks_equals_stock_decode_of_the_residual_vae_that_folds_pixels():
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12, out_channels=12, patch_size=2
+        base_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        is_residual=True,
     ).eval()
 
     with torch.no_grad():

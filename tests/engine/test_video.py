@@ -456,9 +456,7 @@ def torn_frames(path: Path) -> dict[str, bytes]:
     whole = path.read_bytes()
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 200]
-    return {
-        f"frame at {at} torn": patched(whole, at + size - size // 2, bytes(size // 2)) for at, size in packets
-    }
+    return {f"frame at {at} torn": patched(whole, at + size - size // 2, bytes(size // 2)) for at, size in packets}
 
 
 def foreign_files(folder: Path, video: np.ndarray) -> dict[str, bytes]:

@@ -219,12 +219,13 @@ class FakeRunPod:
         return {"status": "COMPLETED", "output": {**MADE, "video_url": f"{self.url}/video.mp4"}}
 
     def run(self) -> dict[str, Any]:
-        """A job on this endpoint, polled without a pause."""
-        return Endpoint(self.url, "key", poll_s=0.0).run({"mode": "svi_endframe"}, 1800, lambda update: None)
+        """A job on this endpoint, whose progress nobody looks at."""
+        return Endpoint(self.url, "key").run({"mode": "svi_endframe"}, 1800, lambda _update: None)
 
 
 @pytest.fixture
-def runpod() -> Iterator[FakeRunPod]:
+def runpod(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRunPod]:
+    monkeypatch.setattr(runpod_endpoint, "POLL_S", 0.0)
     with FakeRunPod([]) as fake:
         yield fake
 
@@ -233,8 +234,6 @@ def test_job_runs_on_an_endpoint(
     runpod: FakeRunPod, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNPOD_API_KEY", "rpa_key")
-    monkeypatch.setattr(Endpoint, "poll_s", 0.0)
-    monkeypatch.setattr(Endpoint.__init__, "__defaults__", (0.0,))
     runpod.polls = [{"status": "IN_QUEUE"}, {"status": "IN_PROGRESS", "output": STEP}, runpod.done()]
     given = ["--start", str(media / "start.png"), "--end", str(media / "end.jpg"), "--timeout-s", "900"]
     assert main([*given, "--endpoint", runpod.url, "--output-dir", str(tmp_path)]) == 0

@@ -256,6 +256,22 @@ def test_state_of_a_video_too_short_for_it_is_refused_before_anything_runs(backe
     assert len(run(backend, video_length=5, frame_policy="window")) == 2
 
 
+def test_row_20_every_clip_starts_from_the_noise_of_its_own_seed():
+    backend = WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    starts: list[torch.Tensor] = []
+
+    def remember(_module, _args, inputs):
+        if inputs["timestep"].item() == 1000.0:
+            starts.append(inputs["hidden_states"][:, :16])
+
+    backend._placed.experts._models["high"].register_forward_pre_hook(remember, with_kwargs=True)
+    run(backend, {"image_start": START}, layout="svi", video_length=161)
+
+    for start, seed in zip(starts, (7, 49, 91), strict=True):
+        expected = torch.randn(1, 16, 15, 4, 4, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(start, expected)
+
+
 def test_state_is_returned_only_when_asked_for(backend):
     assert backend.generate(task(), Progress()).state() is None
 

@@ -1,0 +1,89 @@
+"""The requests that are measured: one a mode, the same for every arm. Pictures are grain, weights are random."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bench.work import IMAGE_TOKENS
+from engine import profiles, weights
+from engine.backends import Task
+from engine.geometry import VideoShape
+from engine.profile import Profile
+from engine.settings import Settings
+from engine.weights import Parts
+from schemas.input_schema import parse_request
+
+GIB = 2**30
+CAP_GIB = 44.5  # what a 48 GB card leaves to one process with ECC on
+SEED = 7
+GIVEN = "data:,"  # a picture is handed over beside the request, already decoded
+HEAD: dict[str, Any] = {"prompt": "the tide comes in at dusk", "seed": SEED}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request at full size and at a twin's size, and the counts that its arms must agree on."""
+
+    mode: str
+    payload: dict[str, Any]
+    small: dict[str, Any]
+    """What the twin's request says differently."""
+    pictures: tuple[str, ...]
+    shape: VideoShape
+    forwards: int
+    """Of the transformers, or of the UNets, guidance included."""
+    image_tokens: int = 0
+
+    def task(self, profile: Profile, payload: dict[str, Any]) -> Task:
+        request = parse_request(payload)
+        return Task(profile, request, SEED, {name: picture(i, self.shape) for i, name in enumerate(self.pictures)})
+
+
+VIDEO_480P = VideoShape(81, 480, 832)
+
+JOBS = {
+    "svi_endframe": Job(
+        "svi_endframe",
+        {**HEAD, "mode": "svi_endframe", "resolution": "832x480", "image_start": GIVEN, "image_end": GIVEN},
+        {"resolution": "64x64", "video_length": 13},
+        ("image_start", "image_end"),
+        VIDEO_480P,
+        forwards=6,
+    ),
+    # 4 of the usual 40 steps: each costs the same, so the rest is told by multiplication, and the table says so.
+    "video": Job(
+        "video",
+        {**HEAD, "mode": "video", "height": 480, "width": 832, "num_inference_steps": 4, "image_url": GIVEN},
+        {"height": 64, "width": 64, "num_frames": 13},
+        ("image_url",),
+        VIDEO_480P,
+        forwards=8,
+        image_tokens=IMAGE_TOKENS,
+    ),
+    # base 25 steps; refiner int(50 * 0.3) = 15: worker-sdxl's defaults
+    "image": Job(
+        "image",
+        {**HEAD, "mode": "image"},
+        {"height": 64, "width": 64},
+        (),
+        VideoShape(1, 1024, 1024),
+        forwards=40,
+    ),
+}
+
+
+def located(mode: str, twins: Path) -> tuple[Profile, Parts]:
+    """The mode's profile as a customer runs it, and the twin's parts of it."""
+    profile = profiles.resolve(parse_request(JOBS[mode].payload))
+    return profile, weights.locate(profile, Settings(weights_dir=twins)).parts()
+
+
+def picture(seed: int, shape: VideoShape) -> Image.Image:
+    """A gradient with grain: nothing in it is constant."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 200, shape.width)[None, :, None]
+    grain = rng.integers(0, 56, (shape.height, shape.width, 3))
+    return Image.fromarray((slope + grain).astype(np.uint8))

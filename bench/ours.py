@@ -1,0 +1,45 @@
+"""Our arm: the request through ModelHandler, as the worker runs it."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.jobs import JOBS, Job, located
+from bench.random_parts import RandomParts
+from bench.timing import Watch, WatchedParts
+from engine.progress import Progress
+from engine.settings import Settings
+from model_handler import ModelHandler
+
+
+class CardParts(RandomParts):
+    """Drawn on the card also where they are wanted on the host: drawing 14 billion numbers there takes minutes."""
+
+    def load(self, name: str, device: str = "cpu") -> Any:
+        part = super().load(name, "cuda" if torch.cuda.is_available() else device)
+        return part.to(device) if isinstance(part, torch.nn.Module) else part
+
+
+class Arm:
+    """A worker with `settings`, warm after the first `run`."""
+
+    def __init__(self, mode: str, settings: Settings, twins: Path, watch: Watch) -> None:
+        self.job: Job = JOBS[mode]
+        profile, rest = located(mode, twins)
+        self._parts = WatchedParts(CardParts(profile, rest), watch)
+        self._task = self.job.task(profile, self.job.payload)
+        self._models = ModelHandler(settings)
+        self.notes: tuple[str, ...] = ()
+
+    def run(self) -> dict[str, float]:
+        """One job; its stages, the file's writing in `decode` because it is written as it is decoded."""
+        progress = Progress()
+        with tempfile.TemporaryDirectory() as folder:
+            made = self._models.generate(self._task, self._parts, Path(folder), progress)
+        self.notes = made.notes
+        return progress.timings_s
+
+    def close(self) -> None:
+        self._models.unload_all()

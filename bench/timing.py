@@ -1,0 +1,134 @@
+"""Clocks and counters around a job: seconds of each call of a model, stages, memory, bytes over the bus."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.jobs import GIB
+
+WATCHED = ("transformer", "transformer_2", "unet", "refiner_unet", "text_encoder", "image_encoder")
+
+
+@dataclass
+class Sample:
+    """One job."""
+
+    seconds: float
+    stages_s: dict[str, float] = field(default_factory=dict)
+    calls_s: dict[str, list[float]] = field(default_factory=dict)
+    peak_reserved_gib: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def forwards_s(self) -> list[float]:
+        """Seconds of every forward of a transformer or UNet."""
+        return [s for name, calls in self.calls_s.items() if name not in WATCHED[4:] for s in calls]
+
+
+class Watch:
+    """Seconds of every call of the modules it follows, on the card's own clock; on the CPU's where there is none."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._open: dict[str, Any] = {}
+
+    def follow(self, name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: self._begin(name))
+        module.register_forward_hook(lambda *_: self._end(name))
+
+    def take(self) -> dict[str, list[float]]:
+        """What was seen since the last time."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        calls: dict[str, list[float]] = {}
+        for name, begin, end in self._marks:
+            spent = begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
+            calls.setdefault(name, []).append(spent)
+        self._marks.clear()
+        return calls
+
+    def _begin(self, name: str) -> None:
+        self._open[name] = _mark()
+
+    def _end(self, name: str) -> None:
+        self._marks.append((name, self._open.pop(name), _mark()))
+
+
+@dataclass(frozen=True)
+class WatchedParts:
+    """Parts whose models are followed from the moment they are loaded."""
+
+    parts: Any
+    watch: Watch
+
+    @property
+    def profile(self) -> Any:
+        return self.parts.profile
+
+    def load(self, name: str, device: str = "cpu") -> Any:
+        part = self.parts.load(name, device)
+        if name in WATCHED:
+            self.watch.follow(name, part)
+        return part
+
+
+def sample(run: Callable[[], dict[str, float]], watch: Watch) -> Sample:
+    """Run one job; `run` returns its stages."""
+    watch.take()
+    _settle()
+    started = time.perf_counter()
+    stages = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return Sample(seconds, stages, watch.take(), peak_reserved_gib())
+
+
+def peak_reserved_gib() -> float:
+    """The most that torch's allocator held since `sample` began; what the card really gave away."""
+    return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def bytes_to_device(run: Callable[[], object]) -> int:
+    """Host-to-device bytes of one run, read from the profiler's record of copies. The run is slower for it."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        return copied_bytes(json.loads(trace.read_text()))
+
+
+def copied_bytes(trace: dict[str, Any]) -> int:
+    """Host-to-device bytes in a profiler trace (chrome format)."""
+    return sum(
+        int(event["args"]["bytes"])
+        for event in trace["traceEvents"]
+        if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]
+    )
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _mark() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

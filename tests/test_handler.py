@@ -1,0 +1,168 @@
+"""The story of a request, end to end on the tiny twins: the response, the file, the errors, and what is left behind."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.progress import Progress, Update
+from engine.settings import Settings
+from handler import Worker, run
+from model_handler import ModelHandler
+from schemas.errors import Cancelled, InvalidInput, InvalidMedia, WeightsMissing
+from tests.conftest import ROOT, data_uri, decode_video, photo
+
+IMAGE = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps": 2, "refiner_inference_steps": 4, "seed": 5}
+VIDEO = {
+    "mode": "video", "prompt": "a fox", "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "seed": 5,
+    "image_url": data_uri(photo()),
+}  # fmt: skip
+SVI = {
+    "mode": "svi_endframe", "prompt": "a fox", "resolution": "96x64", "video_length": 9, "seed": 5,
+    "image_start": data_uri(photo()), "image_end": data_uri(photo(seed=1)),
+}  # fmt: skip
+
+
+def answer(worker: Worker, payload: object, progress: Progress | None = None) -> dict[str, Any]:
+    return run(payload, job_id="job-1", worker=worker, progress=progress or Progress())
+
+
+def test_image_answers_what_worker_sdxl_answers_and_more(worker: Worker) -> None:
+    response = answer(worker, IMAGE)
+    assert response["image_url"] == response["images"][0]
+    assert response["image_url"].startswith("data:image/png;base64,")
+    assert response["seed"] == 5
+    assert response["profile"] == "tiny/sdxl"
+    assert (response["width"], response["height"], response["content_type"]) == (64, 64, "image/png")
+    assert {"load", "denoise", "decode", "upload"} <= set(response["timings_s"])
+    json.dumps(response, allow_nan=False)
+
+
+@pytest.mark.parametrize(("output_format", "magic"), [("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF"), ("png", b"\x89PNG")])
+def test_image_comes_in_the_format_asked_for(worker: Worker, output_format: str, magic: bytes) -> None:
+    import base64
+
+    response = answer(worker, {**IMAGE, "output_format": output_format})
+    assert response["content_type"] == f"image/{output_format}"
+    assert base64.b64decode(response["image_url"].split(",")[1]).startswith(magic)
+
+
+@pytest.mark.parametrize("payload", [VIDEO, SVI], ids=["video", "svi_endframe"])
+def test_video_answers_with_what_the_file_holds(worker: Worker, payload: dict[str, Any]) -> None:
+    response = answer(worker, payload)
+    frames = decode_video(response["video_url"])
+    assert Path(response["video_url"]).is_absolute()
+    assert frames.shape == (9, 64, 96, 3)
+    assert (response["num_frames"], response["height"], response["width"]) == (9, 64, 96)
+    assert response["fps"] == 16
+    assert response["duration_s"] == pytest.approx(9 / 16, abs=1 / 16)
+    assert response["size_bytes"] == Path(response["video_url"]).stat().st_size
+    assert response["profile"].startswith("tiny/")
+
+
+@pytest.mark.parametrize("payload", [IMAGE, VIDEO, SVI], ids=["image", "video", "svi_endframe"])
+def test_effective_posted_again_makes_the_same(worker: Worker, payload: dict[str, Any]) -> None:
+    first = answer(worker, payload)
+    again = {**first["effective"], **{k: v for k, v in payload.items() if k.startswith("image_")}}
+    second = answer(worker, again)
+    assert second["effective"] == first["effective"]
+    if "video_url" in first:
+        assert np.array_equal(decode_video(first["video_url"]), decode_video(second["video_url"]))
+    else:
+        assert second["image_url"] == first["image_url"]
+
+
+def test_picture_hash_in_effective_is_that_of_the_file_sent(worker: Worker) -> None:
+    import base64
+
+    data = base64.b64decode(VIDEO["image_url"].split(",")[1])
+    assert answer(worker, VIDEO)["effective"]["image_url"] == f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def test_seed_is_drawn_and_echoed_when_none_is_given(worker: Worker) -> None:
+    seeds = {answer(worker, {**IMAGE, "seed": None})["seed"] for _ in range(2)}
+    assert len(seeds) == 2
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_seed_zero_is_a_seed(worker: Worker) -> None:
+    assert answer(worker, {**IMAGE, "seed": 0})["seed"] == 0
+
+
+def test_bad_request_loads_nothing(worker: Worker) -> None:
+    with pytest.raises(InvalidInput):
+        answer(worker, {"prompt": 3, "hieght": 64})
+    assert worker.models.loads == 0
+
+
+def test_bad_picture_loads_nothing(worker: Worker) -> None:
+    with pytest.raises(InvalidMedia):
+        answer(worker, {**VIDEO, "image_url": "data:image/png;base64,aGVsbG8="})
+    assert worker.models.loads == 0
+
+
+def test_missing_weights_name_the_places_searched(tmp_path: Path) -> None:
+    settings = Settings(weights_dir=tmp_path)
+    with pytest.raises(WeightsMissing, match="WORKER_WEIGHTS_DIR"):
+        answer(Worker(settings, ModelHandler(settings)), IMAGE)
+
+
+def test_cancelled_job_leaves_no_file(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    progress = Progress(lambda update: progress.cancelled.set() if update.stage == "decode" else None)
+    with pytest.raises(Cancelled):
+        answer(worker, VIDEO, progress)
+    assert not list(tmp_path.glob("job-*"))
+    assert not list(worker.settings.output_dir.rglob("*.mp4"))
+
+
+def test_progress_covers_the_whole_job(worker: Worker) -> None:
+    updates: list[Update] = []
+    answer(worker, VIDEO, Progress(updates.append))
+    stages = list(dict.fromkeys(update.stage for update in updates))
+    assert stages == ["fetch", "load", "encode", "denoise", "decode", "upload"]
+    assert [u.percent for u in updates] == sorted(u.percent for u in updates)
+
+
+def test_same_request_in_two_processes_gives_identical_frames(twins: Path, tmp_path: Path) -> None:
+    code = (
+        "import hashlib, json, sys\n"
+        "from pathlib import Path\n"
+        "import engine.video as video\n"
+        "from engine.progress import Progress\n"
+        "from engine.settings import Settings\n"
+        "from handler import Worker, run\n"
+        "from model_handler import ModelHandler\n"
+        "digest = hashlib.sha256()\n"
+        "real = video.write_mp4\n"
+        "def write(frames, path):\n"
+        "    def seen(chunks):\n"
+        "        for chunk in chunks:\n"
+        "            digest.update(chunk.tobytes())\n"
+        "            yield chunk\n"
+        "    return real(type(frames)(seen(frames.chunks), frames.shape, frames.fps), path)\n"
+        "video.write_mp4 = write\n"
+        f"settings = Settings(weights_dir=Path({str(twins)!r}), output_dir=Path({str(tmp_path)!r}))\n"
+        "worker = Worker(settings, ModelHandler(settings))\n"
+        "for payload in json.loads(sys.stdin.read()):\n"
+        "    digest = hashlib.sha256()\n"
+        "    run(payload, job_id='j', worker=worker, progress=Progress())\n"
+        "    print(digest.hexdigest())\n"
+    )
+
+    def hashes(payloads: list[dict[str, Any]]) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, input=json.dumps(payloads), capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    alone = hashes([VIDEO])
+    among_others = hashes([IMAGE, {**VIDEO, "seed": 6, "guidance_scale": 1.0}, VIDEO])
+    assert among_others[-1] == alone[0]
+    assert among_others[1] != alone[0]
