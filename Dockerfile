@@ -1,6 +1,6 @@
-# syntax=docker/dockerfile:1.7
+# syntax=docker/dockerfile:1.10
 # The layers go from what changes least to what changes most: system, packages, weights, code.
-# Weights are 13 GB (sdxl), 47 GB (wan21_i2v_480p) or 69 GB (wan22_i2v_svi); editing the worker never fetches them again.
+# Weights are 12 GB (sdxl), 47 GB (wan21_i2v_480p) or 69 GB (wan22_i2v_svi); editing the worker never fetches them again.
 FROM python:3.11-slim-bookworm AS base
 
 # gcc and the C headers: Triton builds its launchers at run time. tini: reaps children and passes signals on.
@@ -18,16 +18,24 @@ COPY builder/requirements.txt builder/requirements.txt
 RUN pip install -r builder/requirements.txt
 
 FROM base AS weights
-# What the bake needs and nothing else: this list decides when the weights are fetched anew.
-COPY download_weights.py download_weights.py
+# What the bake needs and nothing else: this list decides when the weights are fetched anew. A test bakes with it.
+COPY download_weights.py ./
 COPY schemas/__init__.py schemas/errors.py schemas/
 COPY engine/published engine/published
-COPY engine/__init__.py engine/settings.py engine/
+COPY engine/__init__.py engine/settings.py \
+     engine/profile.py engine/profiles.py engine/profiles_sdxl.py engine/profiles_wan.py \
+     engine/weights.py engine/parts.py engine/published.py engine/tensorfile.py \
+     engine/hub.py engine/bake.py engine/convert.py engine/lora.py engine/lora_keys.py \
+     engine/
+# The lock file, where there is one (the pattern may match nothing): commits and hashes that the bake then holds to.
+COPY builder/requirements.txt builder/weights.lock.jso[n] builder/
 # Which profiles this image holds; the sum is checked against 70 GB before the first byte is fetched.
 ARG PROFILES=sdxl
+# --build-arg BAKE=--require-lock refuses every repository that the lock file does not name.
+ARG BAKE=""
 # A token for gated repositories: --secret id=HF_TOKEN. It is in no layer and no history.
 RUN --mount=type=secret,id=HF_TOKEN,env=HF_TOKEN \
-    python download_weights.py --profiles "${PROFILES}" --output weights/baked
+    python download_weights.py --profiles "${PROFILES}" ${BAKE} --output weights/baked
 
 FROM base AS worker
 COPY --from=weights /worker/weights weights

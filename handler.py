@@ -7,6 +7,7 @@ python handler.py --rp_serve_api          serve RunPod's HTTP API on this machin
 
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engine import fitness, inputs, profiles, weights
 from engine.backends import Task
 from engine.progress import Progress
 from engine.settings import Settings
-from engine.storage import open_store
+from engine.storage import open_store, sweep
 from model_handler import ModelHandler
 from schemas.errors import SettingsError
 from schemas.input_schema import parse_request
@@ -44,7 +45,7 @@ def run(
         WorkerError: with a sentence for the caller; nothing of the request is left behind.
     """
     request = parse_request(payload)
-    store = open_store(worker.settings, s3_config)
+    store = open_store(worker.settings, s3_config, pause=progress.pause)
     fingerprint = inputs.fingerprint(payload)
     if (answered := store.recall(job_id, fingerprint)) is not None:
         return answered  # the platform delivered the job twice
@@ -70,6 +71,7 @@ def main() -> int:
         print(f"settings_error: {error.sentence}", file=sys.stderr)  # noqa: T201 nothing is set up yet to log with
         return 1
     worker = Worker(settings, ModelHandler(settings))
+    threading.Thread(target=sweep, args=[settings], name="outbox", daemon=True).start()
 
     def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))

@@ -11,6 +11,7 @@ from typing import cast
 
 from engine import video
 from engine.backends import Backend, Task, load_backend
+from engine.card import Card, Levers
 from engine.outputs import Frames, Images, MediaFile
 from engine.pictures import write_picture
 from engine.profiles import Profile
@@ -41,7 +42,7 @@ class ModelHandler:
     def __init__(
         self,
         settings: Settings,
-        load: Callable[[Profile, Parts, str, int], Backend] = load_backend,
+        load: Callable[[Profile, Parts, Card], Backend] = load_backend,
     ) -> None:
         self._settings = settings
         self._load = load
@@ -98,7 +99,7 @@ class ModelHandler:
         self._cap_memory()
         while self._loaded and self._used_gib() + profile.vram_gib > budget:
             self._evict_oldest()
-        backend = self._load(profile, parts, device(), int((budget - self._used_gib()) * GIB))
+        backend = self._load(profile, parts, self._card(int((budget - self._used_gib()) * GIB)))
         self.loads += 1
         self._loaded[profile.folder] = (profile, backend)
         log.info("loaded %s", profile.name)
@@ -121,6 +122,11 @@ class ModelHandler:
 
     def _used_gib(self) -> float:
         return sum(profile.vram_gib for profile, _ in self._loaded.values())
+
+    def _card(self, budget_bytes: int) -> Card:
+        settings = self._settings
+        levers = Levers(settings.attention, settings.compile, settings.cache_dir)
+        return Card(device(), budget_bytes, settings.precision, levers)
 
     def _cap_memory(self) -> None:
         """Hold the process to WORKER_VRAM_GIB, so that a shared or emulated card is not overrun."""

@@ -6,9 +6,9 @@
     python -m bench jobs --arms ours --repeats 50           does memory grow?
     python -m bench --cpu-counts                            counts on the tiny twins, no card needed
 
-Weights are random and full size, tokenizers come from the tiny twins (`make twins`). Every cell runs in a process of its
-own, below --cap-gib of the card's memory: capacity of a 48 GB card, speed of this one. The table is printed last, all
-numbers lie beside it in --json.
+Weights are random and full size, tokenizers come from the tiny twins (`make twins`). Every cell runs in a process of
+its own, below --cap-gib of the card's memory: capacity of a 48 GB card, speed of this one. The table is printed last,
+all numbers lie beside it in --json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bench.jobs import CAP_GIB, JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 WHAT = ("jobs", "ladder", "swap", "vae", "accuracy")
-UNCAPPED = ("swap", "accuracy")  # the first compares with two bf16 experts on one card, the second draws one anew often
+UNCAPPED = ("swap", "accuracy")  # they compare with two bf16 experts on one card, and keep every layer's inputs
 
 
 def main() -> int:
@@ -104,6 +104,10 @@ def _in_a_process(cell: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _child(cell: dict[str, Any], answer: Path) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("bench: seconds are measured on a CUDA card; --cpu-counts needs none")
     from bench.cells import run
 
     answer.write_text(json.dumps({**cell, **run(cell)}, default=_plain))

@@ -86,7 +86,7 @@ def count_experts(twins: Path) -> dict[str, float]:
         "encoder_hidden_states": torch.randn(1, 512, config.text_dim, dtype=models["high"].dtype),
     }
     experts = RollingExperts(models, "cpu")
-    size_bytes = experts.prefetch("high")
+    size_bytes = experts.repair("high")
     torch._dynamo.utils.counters.clear()
     blocks = CompiledBlocks([experts.model], _Warm(Path(), "counts"), backend="eager")
     moved = []

@@ -2,8 +2,9 @@
 
     python bench/full_size.py [image] [video] [svi_endframe]      (a CUDA card; weights/tiny for the tokenizers)
 
-Prints for every job: seconds by stage, forwards of each transformer, peak reserved memory, and the file's own facts. The last
-line is the same as JSON. Random weights make noise; what is proven is that the whole path runs, and in how much memory.
+Prints for every job: seconds by stage, forwards of each transformer, peak reserved memory, and the file's own facts.
+The last line is the same as JSON. Random weights make noise; what is proven is that the whole path runs, and in how
+much memory.
 """
 
 import dataclasses

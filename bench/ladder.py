@@ -3,7 +3,6 @@
 Every rung keeps what the rung before had. Same input, same weights; the error is against the first rung.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +100,7 @@ class Ladder:
         spent = seconds(self._forward, REPEATS, warm_up=1)
         out = self._forward().float().cpu()
         if self._reference is None:
-            self._reference = copy.deepcopy(out)
+            self._reference = out
         precision = precision_of(self._model)
         floor_s = self._work.floor_s(self._ceilings.linear_rate(precision), self._ceilings.attention_rate)
         self.rungs.append(

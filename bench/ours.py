@@ -9,8 +9,11 @@ import torch
 from bench.jobs import JOBS, Job, located
 from bench.random_parts import RandomParts
 from bench.timing import Watch, WatchedParts
+from engine.attention import WanProcessor
+from engine.compiling import graph_count
 from engine.progress import Progress
 from engine.settings import Settings
+from engine.speed import precision_of
 from model_handler import ModelHandler
 
 
@@ -41,5 +44,15 @@ class Arm:
         self.notes = made.notes
         return progress.timings_s
 
+    def in_effect(self) -> dict[str, Any]:
+        """What really ran, read from the models: settings may ask for more than a card can do."""
+        model = self._parts.models.get("transformer")
+        if model is None:
+            return {"precision": "fp16", "attention": "native", "graphs": graph_count()}
+        processor = model.get_submodule("blocks.0.attn1").processor
+        kernel = processor.kernel if isinstance(processor, WanProcessor) else "diffusers' own"
+        return {"precision": precision_of(model), "attention": kernel, "graphs": graph_count()}
+
     def close(self) -> None:
+        self._parts.models.clear()
         self._models.unload_all()

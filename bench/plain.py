@@ -31,6 +31,7 @@ class Arm:
 
     def __init__(self, mode: str, twins: Path, watch: Watch) -> None:
         self.job: Job = JOBS[mode]
+        self.notes: tuple[str, ...] = ()
         profile, rest = located(mode, twins)
         parts = WatchedParts(CardParts(profile, rest), watch)
         self._pipelines = {"svi_endframe": _svi, "video": _video, "image": _image}[mode](parts)
@@ -51,6 +52,11 @@ class Arm:
             else:
                 export_to_video(made, str(Path(folder) / "video.mp4"), fps=self._fps)
         return {"pipeline": piped - started, "file": time.perf_counter() - piped}
+
+    def in_effect(self) -> dict[str, Any]:
+        """What diffusers does by itself."""
+        precision = "fp16" if self.job.mode == "image" else "bfloat16"
+        return {"precision": precision, "attention": "diffusers' own", "graphs": 0}
 
     def close(self) -> None:
         for pipeline in self._pipelines:

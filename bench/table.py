@@ -78,12 +78,14 @@ def _job_row(cell: dict[str, Any], ceilings: dict[str, Any] | None) -> list[obje
         work = forward_work(job.shape.latent().tokens, image_tokens=job.image_tokens)
         rate = work.total / forward_s / TERA
         if ceilings:
-            linear = ceilings["products"].get(cell["precision"], ceilings["products"]["bf16"]) * TERA
+            products = ceilings["products"]
+            linear = products.get(cell["in_effect"]["precision"], products["bf16"]) * TERA
             fastest = max(value for name, value in ceilings["attention"].items() if name != "sage") * TERA
             share = 100 * work.floor_s(linear, fastest) / forward_s
     reserved = max(sample["peak_reserved_gib"] for sample in cell["samples"])
     moved = "–" if cell["bytes_to_device"] is None else cell["bytes_to_device"] / 1e9
-    name = f"{cell['what']} {cell['precision']}".strip()
+    did = cell["in_effect"]
+    name = f"{cell['what']}, {did['precision']}, {did['attention']}, {did['graphs']} graphs"
     first = cell["first"]["seconds"]
     return [name, median(seconds), min(seconds), max(seconds), first, forward_s, rate, share, reserved, moved]
 

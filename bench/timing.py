@@ -63,10 +63,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class WatchedParts:
-    """Parts whose models are followed from the moment they are loaded."""
+    """Parts whose models are followed from the moment they are loaded, and kept to be looked at."""
 
     parts: Any
     watch: Watch
+    models: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def profile(self) -> Any:
@@ -76,6 +77,7 @@ class WatchedParts:
         part = self.parts.load(name, device)
         if name in WATCHED:
             self.watch.follow(name, part)
+            self.models[name] = part
         return part
 
 

@@ -1,18 +1,17 @@
 """Which attention kernel a video transformer uses, and the proof that it works on this card.
 
-Why. Self-attention is half of a forward at 832x480x81 and three quarters at 1280x720x81, and kernels differ
-by a factor of two. On an H200, at 32,760 tokens, 40 heads of 128, bf16: flash-attn-4 675 TFLOP/s, cuDNN
-574, SageAttention 441, FlashAttention-2 359. Packages for other builds of torch or other cards fail in
-every way there is, from ImportError to black frames. So a kernel is chosen by a table and then has to prove
-itself: it is compared with float32 at a small and at the real head size, self- and cross-attention, before
-anything is generated with it.
+Why. Self-attention is half of a forward at 832x480x81 and three quarters at 1280x720x81, and kernels differ by a
+factor of two. On an H200, at 32,760 tokens, 40 heads of 128, bf16: flash-attn-4 675 TFLOP/s, cuDNN 574, SageAttention
+441, FlashAttention-2 359. Packages for other builds of torch or other cards fail in every way there is, from
+ImportError to black frames. So a kernel is chosen by a table and then has to prove itself: it is compared with
+float32 at a small and at the real head size, self- and cross-attention, before anything is generated with it.
 
-How. Packages are called through one custom operator with a shape function, so that a compiled block holds
-no graph break. The kernel belongs to the model: a processor of our own carries it. diffusers'
-set_attention_backend would also set a default for every other model of the process.
+How. Packages are called through one custom operator with a shape function, so that a compiled block holds no graph
+break. The kernel belongs to the model: a processor of our own carries it. diffusers' set_attention_backend would also
+set a default for every other model of the process.
 
-Kinds. Apart from `sage`, which rounds queries and keys to 8 bits, all kernels compute the same mathematics
-in another order. `sage` is never chosen unless it is asked for.
+Kinds. Apart from `sage`, which rounds queries and keys to 8 bits, all kernels compute the same mathematics in another
+order. `sage` is never chosen unless it is asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -158,8 +157,7 @@ def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) ->
 
 
 def relative_error(attend: Attend, device: str, tokens: int, keys: int, heads: int, width: int) -> float:
-    """|out - reference| / |reference| of a bf16 kernel against float32; infinite if anything is not
-    finite."""
+    """|out - reference| / |reference| of a bf16 kernel against float32; infinite if anything is not finite."""
     generator = torch.Generator().manual_seed(4)
     sizes = (tokens, keys, keys)
     # Twice the usual spread gives a peaked softmax: a kernel that mixes rows up is far off, not a little.
@@ -175,11 +173,11 @@ def relative_error(attend: Attend, device: str, tokens: int, keys: int, heads: i
 
 
 class WanProcessor:
-    """Attention of a Wan block with one kernel. The arithmetic around it is that of diffusers'
-    WanAttnProcessor."""
+    """Attention of a Wan block with one kernel. The arithmetic around it is that of diffusers' WanAttnProcessor."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self._attend = KERNELS[kernel].attend
 
     def __call__(
         self,
@@ -215,8 +213,7 @@ class WanProcessor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of features by its angle. x: (b, n, heads, d); cos, sin: (1, n, 1, d), each angle
-    twice."""
+    """Turn each pair of features by its angle. x: (b, n, heads, d); cos, sin: (1, n, 1, d), each angle twice."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
@@ -231,9 +228,7 @@ def install(transformer: nn.Module, name: str) -> int:
     """
     layers: list[Any] = [module for module in transformer.modules() if isinstance(module, WanAttention)]
     if not layers:
-        raise ValueError(
-            f"{type(transformer).__name__} has no attention layer that this kernel could go into"
-        )
+        raise ValueError(f"{type(transformer).__name__} has no attention layer that this kernel could go into")
     for layer in layers:
-        layer.set_processor(WanProcessor(KERNELS[name].attend))
+        layer.set_processor(WanProcessor(name))
     return len(layers)

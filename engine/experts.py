@@ -1,27 +1,25 @@
 """Where the experts of a transformer live, and how one takes another's place without a pause.
 
-Why. Wan2.2 has two transformers of one architecture: the first steps run on one, the rest on the other. In
-bfloat16 each is 28.6 GB, so a 48 GB card holds one. The usual way out copies whole models back and forth
-through pageable memory, 20 seconds a job and more.
+Why. Wan2.2 has two transformers of one architecture: the first steps run on one, the rest on the other. In bfloat16
+each is 28.6 GB, so a 48 GB card holds one. The usual way out copies whole models back and forth through pageable
+memory, 20 seconds a job and more.
 
-How. All experts stay in page-locked host memory, one flat buffer a piece: a transformer block, or what
-stands before (entry) or after (exit) the blocks. The card holds ONE set of buffers with the same layout,
-and the model's parameters are views of them. An expert is brought in by copying into those buffers, so no
-address ever changes: compiled graphs stay valid and the allocator sees nothing.
+How. All experts stay in page-locked host memory, one flat buffer a piece: a transformer block, or what stands before
+(entry) or after (exit) the blocks. The card holds ONE set of buffers with the same layout, and the model's parameters
+are views of them. An expert is brought in by copying into those buffers, so no address ever changes: compiled graphs
+stay valid and the allocator sees nothing.
 
-Rolling. In the last forward of an expert a block is not needed any more once it has run. A hook after block
-i lets a second stream wait for that moment and copy block i of the next expert into the same bytes, while
-the blocks after it still compute. At 25 GB/s the copy takes 1.1 s and a forward takes more than 2, so only
-the last block's 30 ms show. The way back to the first expert hides behind the last forward of the job.
+Rolling. In the last forward of an expert a block is not needed any more once it has run. A hook after block i lets a
+second stream wait for that moment and copy block i of the next expert into the same bytes, while the blocks after it
+still compute. At 25 GB/s the copy takes 1.1 s and a forward takes more than 2, so only the last block's 30 ms show.
+The way back to the first expert hides behind the last forward of the job.
 
-Streaming is the same rule with fewer buffers. With n blocks and s slots, block i always runs in slot i % s,
-and after it ran its slot is next needed by block i + s. With s = n that is block i of the next forward,
-which only another expert's turn makes a copy of; with s = 2 every block of every forward is copied while
-its neighbour computes.
+Streaming is the same rule with fewer buffers. With n blocks and s slots, block i always runs in slot i % s, and after
+it ran its slot is next needed by block i + s. With s = n that is block i of the next forward, which only another
+expert's turn makes a copy of; with s = 2 every block of every forward is copied while its neighbour computes.
 
-Safety. Each slot says which block of which expert it holds; the tag is taken away before a copy and set
-after it. Whatever went wrong in between, `use` copies every slot whose tag is not the wanted one, so a
-mixed model cannot run.
+Safety. Each slot says which block of which expert it holds; the tag is taken away before a copy and set after it.
+Whatever went wrong in between, `use` copies every slot whose tag is not the wanted one, so a mixed model cannot run.
 
 Hooks must stay outside compiled code: compile `block.forward`, not the block (see `compiling`).
 """
@@ -64,8 +62,7 @@ class FixedExperts:
 
 
 class RollingExperts:
-    """Experts of one architecture that share one set of buffers on the card. The modules given are taken
-    over."""
+    """Experts of one architecture that share one set of buffers on the card. The modules given are taken over."""
 
     def __init__(self, experts: Mapping[str, nn.Module], device: str, slots: int | None = None) -> None:
         """`slots`: blocks that the card holds at a time; all of them if None.
@@ -118,8 +115,7 @@ class RollingExperts:
             self.place(expert, i)
 
     def repair(self, expert: str) -> int:
-        """After any failure: forget half-made copies and bring `expert` in whole. Returns the bytes copied
-        for it."""
+        """After any failure: forget half-made copies and bring `expert` in whole. Returns the bytes copied for it."""
         before = self.bytes_moved
         self.prefetch(expert)
         return self.bytes_moved - before
@@ -171,8 +167,7 @@ class RollingExperts:
 
 
 class _Turn:
-    """One `use`: counts the calls, makes each piece arrive before it runs, and lets the next expert in
-    behind it."""
+    """One `use`: counts the calls, makes each piece arrive before it runs, and lets the next expert in behind it."""
 
     def __init__(self, experts: RollingExperts, expert: str, forwards: int, then: str | None) -> None:
         self._experts = experts
@@ -196,9 +191,7 @@ class _Turn:
     def _before_model(self, *_: object) -> None:
         self._calls += 1
         if self._forwards and self._calls > self._forwards:
-            raise RuntimeError(
-                f"expert {self._expert} was announced for {self._forwards} forwards and is called again"
-            )
+            raise RuntimeError(f"expert {self._expert} was announced for {self._forwards} forwards and is called again")
         self._experts.arrive(self._expert, 0)
         self._experts.arrive(self._expert, 1)
 

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from engine.chain_state import base_seed
 from engine.clips import decode_clip
 from engine.fetch import FetchBudget, fetch
 from engine.media import read_media
 from engine.pictures import decode_picture
 from engine.settings import Settings
+from schemas.errors import FetchFailed, InvalidMedia
 from schemas.request import Request, media_fields
 from schemas.svi_schema import SviEndframeRequest
 
@@ -47,15 +51,24 @@ def load(request: Request, settings: Settings) -> Media:
             budget=budget,
         )
 
-    def files(field_kind: str, type_name: str) -> dict[str, Any]:
+    def read(field: str, kind: str, text: str) -> bytes:
+        with _blaming(field):
+            return read_media(text, kind, fetch=read_url, max_bytes=max_bytes)
+
+    def files(field_kind: str, kind: str) -> dict[str, Any]:
         return {
-            name: _each(texts, lambda text: read_media(text, type_name, fetch=read_url, max_bytes=max_bytes))
-            for name, texts in media_fields(request, field_kind).items()
+            field: _each(texts, partial(read, field, kind))
+            for field, texts in media_fields(request, field_kind).items()
         }
 
     pictures, videos = files("picture", "image"), files("video", "video")
-    decoded = {name: _each(data, decode_picture) for name, data in pictures.items()}
-    decoded |= {name: decode_clip(data, _motion_frames(request)).frames for name, data in videos.items()}
+    decoded: dict[str, Any] = {}
+    for field, data in pictures.items():
+        with _blaming(field):
+            decoded[field] = _each(data, decode_picture)
+    for field, data in videos.items():
+        with _blaming(field):
+            decoded[field] = decode_clip(data, _motion_frames(request)).frames
     hashes = {name: _each(data, _digest) for name, data in (pictures | videos).items()}
     hashes |= {name: _digest(str(text).encode()) for name, text in media_fields(request, "latent").items()}
     return Media(decoded, hashes)
@@ -67,15 +80,28 @@ def fingerprint(payload: object) -> str:
 
 
 def draw_seed(request: Request) -> int:
-    """The request's seed, or 32 fresh bits where it leaves the choice to us (null or -1)."""
-    return request.seed if request.seed is not None and request.seed >= 0 else secrets.randbits(32)
+    """The request's seed; where it leaves the choice to us (null or -1), that of its `state`, or 32 fresh bits."""
+    if request.seed is not None and request.seed >= 0:
+        return request.seed
+    if isinstance(request, SviEndframeRequest) and request.state is not None:
+        return base_seed(request.state)
+    return secrets.randbits(32)
 
 
 def _motion_frames(request: Request) -> int:
-    """The newest frames of a prefix video that a clip can take over: the overlap and one latent of run-up."""
+    """The newest frames of a prefix video that its motion latents are encoded from, as engine.chain takes them."""
     if not isinstance(request, SviEndframeRequest):
         raise TypeError(f"{request.mode} takes no video")
-    return request.overlap + 4
+    return request.overlap + 5
+
+
+@contextmanager
+def _blaming(field: str) -> Iterator[None]:
+    """Put the field's name in front of what is said about its file."""
+    try:
+        yield
+    except (FetchFailed, InvalidMedia) as error:
+        raise type(error)(f"{field}: {error.sentence}") from error
 
 
 def _each(value: Any, one: Callable[[Any], Any]) -> Any:

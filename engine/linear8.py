@@ -1,28 +1,25 @@
 """Linear layers with 8-bit weights and 8-bit activations, as plain tensors.
 
-Why. A 14B video transformer spends half of its arithmetic in linear layers, and the cards this worker is
-made for multiply 8-bit numbers twice as fast as bfloat16. The larger gain is memory: both experts of the
-two-expert model fit on one 48 GB card in 8 bits (29 GB) and do not in 16 (57 GB), so nothing has to move
-during a job.
+Why. A 14B video transformer spends half of its arithmetic in linear layers, and the cards this worker is made for
+multiply 8-bit numbers twice as fast as bfloat16. The larger gain is memory: both experts of the two-expert model fit
+on one 48 GB card in 8 bits (29 GB) and do not in 16 (57 GB), so nothing has to move during a job.
 
-How. A weight (out, in) is stored as `weight_q` with one scale an output row; the activations get one scale
-a token, found as they arrive:
+How. A weight (out, in) is stored as `weight_q` with one scale an output row; the activations get one scale a token,
+found as they arrive:
 
     x ~ x_q * x_scale[token],  w ~ w_q * w_scale[row],  y = (x_q @ w_q.T) * x_scale * w_scale + bias
 
-Both scales are constant along the summed axis, so they come out of the sum and the product runs in 8 bits
-with a wide accumulator. One scale for a whole tensor is not enough: Wan's feed-forward has outlier
-channels.
+Both scales are constant along the summed axis, so they come out of the sum and the product runs in 8 bits with a wide
+accumulator. One scale for a whole tensor is not enough: Wan's feed-forward has outlier channels.
 
-Plain tensors. Libraries wrap the pair in a tensor subclass; such a tensor cannot be written by safetensors,
-pinned, copied into in place, or traced without a graph break, and this worker does all four. Here the pair
-is two buffers at stable addresses. Under torch.compile the search for the row's maximum and the rounding
-fuse into what came before.
+Plain tensors. Libraries wrap the pair in a tensor subclass; such a tensor cannot be written by safetensors, pinned,
+copied into in place, or traced without a graph break, and this worker does all four. Here the pair is two buffers at
+stable addresses. Under torch.compile the search for the row's maximum and the rounding fuse into what came before.
 
-Kinds. `fp8` (e4m3, compute capability 8.9 and up) and `int8` (8.0 and up) use the card's own product.
-`fp8-weights` and `int8-weights` hold the same tensors but widen them and multiply in the activations' type:
-slower than bfloat16, right everywhere, and still half the memory. `linear8_check` decides at start which of
-them a card really has. On a CPU the fast kinds compute the same rounded values with a float32 product.
+Kinds. `fp8` (e4m3, compute capability 8.9 and up) and `int8` (8.0 and up) use the card's own product. `fp8-weights`
+and `int8-weights` hold the same tensors but widen them and multiply in the activations' type: slower than bfloat16,
+right everywhere, and still half the memory. `linear8_check` decides at start which of them a card really has. On a
+CPU the fast kinds compute the same rounded values with a float32 product.
 """
 
 import re
@@ -64,8 +61,7 @@ class Linear8(nn.Module):
     """A linear layer with an 8-bit weight. State: `weight_q` (out, in), `weight_scale` (out,) float32,
     `bias` (out,).
 
-    `model.to(dtype)` changes the bias only: the weight and its scale are the stored form, not a computing
-    type.
+    `model.to(dtype)` changes the bias only: the weight and its scale are the stored form, not a computing type.
     """
 
     weight_q: Tensor
@@ -206,8 +202,7 @@ def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP)
     """Put a Linear8 in the place of every nn.Linear whose name no pattern of `keep` matches, in `model`
     itself.
 
-    Weights that are there are quantised; a model on the meta device becomes an empty frame for a quantised
-    file.
+    Weights that are there are quantised; a model on the meta device becomes an empty frame for a quantised file.
 
     Raises:
         ValueError: the model carries live LoRA adapters. They belong into the weight before it is rounded.

@@ -1,9 +1,8 @@
 """Whether the 8-bit kernels of `linear8` work here, whether they ran, and how far their results are off.
 
-A kernel can be missing from a build, wrong on a card, or skipped without a word; each has happened to
-others. So a card proves itself at start: every fast kernel multiplies small numbers and is compared with
-the float32 value of the same 8-bit operands, and one that fails is left out and said. `kernel_calls` is the
-check for later: what really ran.
+A kernel can be missing from a build, wrong on a card, or skipped without a word; each has happened to others. So a
+card proves itself at start: every fast kernel multiplies small numbers and is compared with the float32 value of the
+same 8-bit operands, and one that fails is left out and said. `kernel_calls` is the check for later: what really ran.
 """
 
 from collections import Counter
@@ -64,9 +63,7 @@ def _problem(device: str, kind: Kind) -> str | None:
     try:
         # Wan's feed-forward width, and a short product with fewer rows than the int8 kernel takes by itself.
         ratios = [product_snr_db(kind, rows, 5120, 1024, device) for rows in (512, 8)]
-    except (
-        RuntimeError
-    ) as error:  # torch raises it, or its child NotImplementedError, for a kernel that is not built
+    except RuntimeError as error:  # torch raises it, or its child NotImplementedError, for a kernel that is not built
         return f"the kernel fails ({str(error).splitlines()[0]})"
     return None if min(ratios) >= MIN_SNR_DB else f"its result is off (SNR {min(ratios):.1f} dB)"
 
@@ -102,9 +99,7 @@ def layer_snr_db(linear: nn.Linear, inputs: Tensor, kind: str) -> float:
     return snr_db(reference, Linear8.from_linear(linear, kind)(inputs.float()))
 
 
-def kernel_calls(
-    run: Callable[[], object], kernels: Iterable[str] = ("_scaled_mm", "_int_mm")
-) -> dict[str, int]:
+def kernel_calls(run: Callable[[], object], kernels: Iterable[str] = ("_scaled_mm", "_int_mm")) -> dict[str, int]:
     """Run once under the profiler and count the fast kernels that were really called, eager or compiled.
 
     A quantised model whose fast path is silently skipped is only slow; this is the check that it is not.

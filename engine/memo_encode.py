@@ -1,28 +1,25 @@
 """Encoding a video that is mostly the same frame, without computing the same thing twice. Bit-exact.
 
-Why. The condition of image-to-video is [start, grey, grey, ..., (end)]: of 81 frames 79 or 80 are constant.
-The stock encoder computes all of them in float32, 164 TFLOP at 832x480x81. This one computes 52 (start
-only) or 60 (start and end) and returns the same bits.
+Why. The condition of image-to-video is [start, grey, grey, ..., (end)]: of 81 frames 79 or 80 are constant. The stock
+encoder computes all of them in float32, 164 TFLOP at 832x480x81. This one computes 52 (start only) or 60 (start and
+end) and returns the same bits.
 
-How. Wan's encoder is causal. It takes one frame, then four at a time, and every convolution keeps the last
-two frames it saw. Cut into stages (the first convolution, each block, the middle, the head), a stage is a
-function:
+How. Wan's encoder is causal. It takes one frame, then four at a time, and every convolution keeps the last two frames
+it saw. Cut into stages (the first convolution, each block, the middle, the head), a stage is a function:
 
     (input chunk, kept frames) -> (output chunk, kept frames)
 
-If a stage is given the very tensor it was given last time, and its last run left the kept frames bit for
-bit as it found them, then another run would compute the same numbers: it returns the tensor of its last run
-instead. Handing on that same tensor is what lets the next stage notice. A constant stretch enters the first
-stage, and each stage falls silent a chunk or so after the one before; the wide early stages run 3 to 7
-times instead of 21.
+If a stage is given the very chunk it was given last time, and its last run left the kept frames bit for bit as it
+found them, then another run would compute the same numbers: it returns the chunk of its last run instead. Handing on
+that same chunk is what lets the next stage notice. A constant stretch enters the first stage, and each stage falls
+silent a chunk or so after the one before; the wide early stages run 3 to 7 times instead of 21.
 
-No table says when a stage may rest. It is seen from the kept frames on every run, because it depends on the
-picture too: a grey start picture lets the stages rest sooner, and a table learned from that one would be
-wrong for the next.
+No table says when a stage may rest. It is seen from the kept frames on every run, because it depends on the picture
+too: a grey start picture lets the stages rest sooner, and a table learned from that one would be wrong for the next.
 
-What it assumes is that a kernel given the same bits returns the same bits. A CPU does; on a card it depends
-on the convolution chosen. So the first encode of each shape can be compared with the stock one, and where
-they differ the stock encoder is used from then on, and `notes` says so. Nothing here changes the VAE.
+What it assumes is that a kernel given the same bits returns the same bits. A CPU does; on a card it depends on the
+convolution chosen. So the first encode of each shape can be compared with the stock one, and where they differ the
+stock encoder is used from then on, and `notes` says so. Nothing here changes the VAE.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,8 +44,7 @@ Kept = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the last encode did. `stage_runs`: runs of each stage in the encoder's order, empty for a stock
-    encode."""
+    """What the last encode did. `stage_runs`: runs of each stage in the encoder's order, empty for a stock encode."""
 
     chunks: int
     stage_runs: tuple[int, ...]
@@ -91,8 +87,7 @@ class Stage:
 
 @dataclass
 class MemoEncoder:
-    """Stands in for `vae.encode`. With `verify`, the first encode of each shape is compared with the stock
-    one."""
+    """Stands in for `vae.encode`. With `verify`, the first encode of each shape is compared with the stock one."""
 
     vae: Any
     verify: bool = True
@@ -115,9 +110,7 @@ class MemoEncoder:
             stock = self.vae.encode(pixels)
             self._trusted[key] = torch.equal(stock.latent_dist.parameters, moments)
             if not self._trusted[key]:
-                self.notes.append(
-                    f"memoised VAE encode is off for {tuple(pixels.shape)}: not equal to the stock one"
-                )
+                self.notes.append(f"memoised VAE encode is off for {tuple(pixels.shape)}: not equal to the stock one")
                 self.last = Encoded(len(chunks), (), "not equal to the stock encode")
                 return stock
         self.last = Encoded(len(chunks), tuple(stage.runs for stage in stages), "")
@@ -157,8 +150,7 @@ def _chunks(pixels: Tensor) -> Iterator[Chunk]:
 
 
 def _encode(vae: Any, chunks: list[Chunk]) -> tuple[Tensor, list[Stage]]:
-    """The encoder over all chunks: the moments (1, 2 * z, T, h, w) as `vae._encode` gives them, and its
-    stages."""
+    """The encoder over all chunks: the moments (1, 2 * z, T, h, w) as `vae._encode` gives them, and its stages."""
     stages = _stages(vae.encoder)
     latents = []
     for chunk in chunks:

@@ -1,11 +1,9 @@
-"""Two packages share the name `flash_attn`; this keeps the younger one from breaking libraries that mean
-the older.
+"""Two packages share the name `flash_attn`: this keeps the younger from breaking libraries that mean the older.
 
-flash-attn-4 installs a folder flash_attn/cute and no flash_attn/__init__.py. With it alone, `import
-flash_attn` works and gives an empty namespace. Libraries that find the name and then reach for
-FlashAttention-2's modules or version fail while diffusers is imported, and diffusers catches only
-ImportError. So the name is hidden for that one import; afterwards `flash_attn.cute` is there for whoever
-asks for it by its full name.
+flash-attn-4 installs a folder flash_attn/cute and no flash_attn/__init__.py. With it alone, `import flash_attn` works
+and gives an empty namespace. Libraries that find the name and then reach for FlashAttention-2's version (xformers does)
+fail while diffusers is imported, and diffusers catches only ImportError. So the name is hidden for that one import;
+afterwards `flash_attn.cute` is there for whoever asks for it by its full name.
 """
 
 import importlib

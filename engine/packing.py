@@ -1,8 +1,7 @@
 """A model's tensors in flat buffers, one a piece: a block, or what stands before or after the blocks.
 
-A piece is what is copied as one. Parameters become views of its buffer, so that a copy into the buffer
-replaces them in place: one transfer of hundreds of megabytes where there were twenty-odd small ones, and no
-address that changes.
+A piece is what is copied as one. Parameters become views of its buffer, so that a copy into the buffer replaces them
+in place: one transfer of hundreds of megabytes where there were twenty-odd small ones, and no address that changes.
 """
 
 from contextlib import suppress
@@ -50,9 +49,7 @@ def layout(model: nn.Module) -> tuple[Piece, ...]:
         else:
             prefix = "entry" if name.startswith(ENTRY) else "exit"
         groups.setdefault(prefix, []).append((name, tensor))
-    return tuple(
-        _piece(prefix if prefix.endswith(".") else "", tensors) for prefix, tensors in groups.items()
-    )
+    return tuple(_piece(prefix if prefix.endswith(".") else "", tensors) for prefix, tensors in groups.items())
 
 
 def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
@@ -65,15 +62,13 @@ def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
 
 
 def point_at(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
-    """Make the piece's parameters and buffers in `model` views of `buffer`; they stay the objects they
-    are."""
+    """Make the piece's parameters and buffers in `model` views of `buffer`; they stay the objects they are."""
     for field in piece.fields:
         _tensor(model, piece, field).data = field.view(buffer)
 
 
 class HostCopy:
-    """A model's tensors in page-locked host memory. The model is pointed at it, so that nothing is held
-    twice."""
+    """A model's tensors in page-locked host memory. The model is pointed at it, so that nothing is held twice."""
 
     def __init__(self, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> None:
         """`device`: the card that copies will go to; for a CPU nothing is locked."""
@@ -102,9 +97,7 @@ class HostCopy:
             self._locked.append(buffer)
             return
         self.notes = (f"host memory could not be page-locked (CUDA error {code}): copies will be slow",)
-        with suppress(
-            RuntimeError
-        ):  # the next kernel launch would be blamed for this error; let it be one of ours
+        with suppress(RuntimeError):  # the next kernel launch would be blamed for this error; let it be one of ours
             torch.zeros(1, device=device)
 
 

@@ -108,6 +108,8 @@ class Profile:
     placement: tuple[Placement, ...]
     work_bytes: int
     """Activations and buffers at the largest default size, measured or estimated; see docs/performance.md."""
+    narrow_work_bytes: int
+    """The same with 8-bit transformers, beside which the VAE decodes in bf16."""
     size_multiple: int
     min_side: int
     max_area: int

@@ -56,6 +56,7 @@ SDXL = Profile(
     phases=(Phase("single", 7.5),),
     placement=tuple(Placement(part.name, "card") for part in SDXL_COMPONENTS if part.dtype is not None),
     work_bytes=4_500_000_000,  # two 1024x1024 pictures with guidance, and one decode
+    narrow_work_bytes=4_500_000_000,  # the UNets are never narrowed
     size_multiple=8,
     min_side=64,
     max_area=1024 * 1024,

@@ -75,7 +75,8 @@ WAN22_COMPONENTS = (
 )
 # fmt: on
 
-WORK_480P_BYTES = 10_500_000_000  # of the fp32 VAE, measured at 832x480x81; a forward itself takes 6 GB
+WORK_480P_BYTES = 10_500_000_000  # of the fp32 VAE, measured at 832x480x81
+NARROW_WORK_480P_BYTES = 6_000_000_000  # of a forward; the bf16 VAE takes less
 
 WAN21_I2V_480P = Profile(
     name="wan21_i2v_480p",
@@ -92,6 +93,7 @@ WAN21_I2V_480P = Profile(
         Placement("image_encoder", "visits"),
     ),
     work_bytes=WORK_480P_BYTES,
+    narrow_work_bytes=NARROW_WORK_480P_BYTES,
     size_multiple=16,
     min_side=256,
     max_area=480 * 832,
@@ -127,6 +129,7 @@ WAN22_I2V_SVI = Profile(
         Placement("text_encoder", "visits"),
     ),
     work_bytes=WORK_480P_BYTES,
+    narrow_work_bytes=NARROW_WORK_480P_BYTES,
     size_multiple=16,
     min_side=256,
     max_area=480 * 832,
@@ -165,8 +168,8 @@ ENDFRAME = replace(
         {
             **SVI_3_3.settings,
             "svi2pro": False,
-            # Published as 2. With two phases that means never: the low LoRAs would run on the high expert.
             "model_switch_phase": 1,
+            "corrections": ("model_switch_phase runs as 1: as published, 2, the low-noise expert would never run",),
         }
     ),
 )

@@ -54,6 +54,12 @@ class Progress:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise JobTimeout("the job passed its time limit; ask for fewer frames or steps, or raise the limit")
 
+    def pause(self, seconds: float) -> None:
+        """Wait, but not past a cancel or the deadline: raises as `check` does."""
+        left = seconds if self._deadline is None else min(seconds, max(0.0, self._deadline - time.monotonic()) + 0.001)
+        self.cancelled.wait(left)
+        self.check()
+
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Callable[[], None]]:
         """Time a stage and yield `step`, to be called after each of its `total` steps."""

@@ -1,10 +1,9 @@
 """What of a model stays on the card, what visits it, what waits in host memory: decided once, from bytes.
 
-A job should move nothing. Where the card cannot hold everything, the order in which things give way is by
-what it costs: encoders first (they run once a prompt, 0.5 s a visit), then the expert that is not running
-(its swap hides behind the other one's last forward), then the blocks of the running one (every forward
-streams them, hidden too, but the bus is busy all the time). What still does not fit is refused with the
-number, before any weight is read.
+A job should move nothing. Where the card cannot hold everything, the order in which things give way is by what it
+costs: encoders first (they run once a prompt, 0.5 s a visit), then the expert that is not running (its swap hides
+behind the other one's last forward), then the blocks of the running one (every forward streams them, hidden too, but
+the bus is busy all the time). What still does not fit is refused with the number, before any weight is read.
 
 The planner never changes precision on its own: fewer bits change the pixels, so that is the operator's word.
 """
@@ -102,10 +101,10 @@ def plan(
         RequestTooLarge: no placement fits; the sentence says what the smallest one needs.
         SettingsError: the weights are baked in fewer bits than `precision` asks for.
     """
-    work_bytes = _work_bytes(profile, shape)
     parts = [part for part in profile.components if part.size_bytes]
     stored = next((part.dtype for part in parts if is_transformer(part.name)), parts[0].dtype) or ""
     precision = precision if precision and any(is_transformer(part.name) for part in parts) else stored
+    work_bytes = _work_bytes(profile, precision, shape)
     reasons = list(_kernel_notes(precision, capability))
     plans = []
     for kind, places in _choices(profile, parts):
@@ -166,12 +165,11 @@ def _size_bytes(part: Component, precision: str) -> int:
     return round(part.size_bytes * EIGHT_BIT_SHARE) if precision in FAST_SINCE else part.size_bytes
 
 
-def _work_bytes(profile: Profile, shape: VideoShape | None) -> int:
-    """Activations grow with the number of tokens; the profile's figure is for its own size."""
-    if shape is None:
-        return profile.work_bytes
-    usual = VideoShape(profile.frames, profile.height, profile.width).latent().tokens
-    return round(profile.work_bytes * shape.latent().tokens / usual)
+def _work_bytes(profile: Profile, precision: str, shape: VideoShape | None) -> int:
+    """Activations grow with the number of tokens; the profile's figures are for its own size."""
+    usual = VideoShape(profile.frames, profile.height, profile.width)
+    work_bytes = profile.narrow_work_bytes if precision in FAST_SINCE else profile.work_bytes
+    return work_bytes if shape is None else round(work_bytes * shape.latent().tokens / usual.latent().tokens)
 
 
 def _kernel_notes(precision: str, capability: tuple[int, int] | None) -> Iterator[str]:

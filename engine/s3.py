@@ -1,4 +1,4 @@
-"""Requests to one S3 bucket, and what their failures mean. The only module that knows boto3.
+"""Requests to one S3 bucket. boto3 is made and asked here; `s3_errors` reads its failures, `guest_wire` its requests.
 
 boto3's own retries are off: ours last as long as the outage may, and never repeat a request that was
 understood and refused. Bodies are signed (SigV4 with the SHA-256 of the body), so that a store which checks

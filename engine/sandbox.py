@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.decode_child import IMPORTS_FAILED
 from schemas.errors import InternalError
@@ -75,18 +75,18 @@ def decode(data: bytes, form: str, rules: dict[str, Any], limits: Limits) -> Ras
         "limits": {**asdict(limits), "wall_s": limits.wall_s + 1},
         "paths": _package_folders(),
     }
-    source, result = os.memfd_create("source"), os.memfd_create("result")
-    try:
-        with open(source, "r+b", closefd=False) as file:
-            file.write(data)
-        os.lseek(source, 0, os.SEEK_SET)
+    with _memory("source") as source, _memory("result") as result:
+        source.write(data)
+        source.seek(0)
         status = _run(json.dumps(order), source, result, limits.wall_s)
         if status != 0:
             raise Refused("slow" if status in (-signal.SIGXCPU, -signal.SIGALRM) else "damaged")
         return _read_result(result, limits.result_bytes)
-    finally:
-        os.close(source)
-        os.close(result)
+
+
+def _memory(name: str) -> BinaryIO:
+    """A file that is nowhere but in memory."""
+    return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def _package_folders() -> list[str]:
@@ -95,7 +95,7 @@ def _package_folders() -> list[str]:
     return sorted({str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin})
 
 
-def _run(order: str, source: int, result: int, wall_s: float) -> int:
+def _run(order: str, source: BinaryIO, result: BinaryIO, wall_s: float) -> int:
     """Run the child to its end, at most `wall_s`; its exit status, negative for a signal."""
     ends = time.monotonic() + wall_s
     process = subprocess.Popen(
@@ -141,12 +141,11 @@ def _read_until_exit(process: "subprocess.Popen[bytes]", ends: float) -> str:
     return said.decode(errors="replace")
 
 
-def _read_result(result: int, limit_bytes: int) -> Raster:
+def _read_result(result: BinaryIO, limit_bytes: int) -> Raster:
     """Check the child's answer against itself; a child taken over by its input may say anything."""
-    with open(result, "rb", closefd=False) as file:
-        file.seek(0)
-        head = file.readline(MAX_HEAD_BYTES)
-        pixels = file.read(limit_bytes)
+    result.seek(0)
+    head = result.readline(MAX_HEAD_BYTES)
+    pixels = result.read(limit_bytes)
     try:
         answer = json.loads(head)
         if "refused" in answer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.addresses import parse_allowed
 from schemas.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +25,10 @@ def _path(text: str) -> Path:
     return (ROOT / Path(text).expanduser()).resolve()
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+def _hosts(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in (part.strip() for part in text.split(",")) if name)
+    parse_allowed(names)
+    return names
 
 
 def _positive_int(text: str) -> int:
@@ -73,7 +76,7 @@ class Settings:
     fetch_max_mib: float = _setting(
         "WORKER_FETCH_MAX_MIB", _positive_float, "a number of MiB", 20.0, "Largest picture read from a URL or base64.")
     fetch_allow: tuple[str, ...] = _setting(
-        "WORKER_FETCH_ALLOW", _names, "host names or networks, separated by commas", (),
+        "WORKER_FETCH_ALLOW", _hosts, "host names or networks, separated by commas", (),
         "Private hosts or networks that pictures and request-level S3 endpoints may be on.")
     max_work: float | None = _setting(
         "WORKER_MAX_WORK", _positive_float, "a number", None,

@@ -8,24 +8,14 @@ before compiling, because it is part of the graph.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from engine import attention
+from engine.card import Levers
 from engine.compiling import Artefacts, CompiledBlocks
 from engine.linear8 import Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_test
-
-
-@dataclass(frozen=True)
-class Levers:
-    """What the operator asked for. `attention` None: the fastest that passes its test. `cache_dir`: of
-    graphs."""
-
-    attention: str | None = None
-    compile: bool = True
-    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ were given; see engine/twin_weights.py.
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ SMALLER: Mapping[str, Mapping[str, Any]] = {
     },
     "sdxl_vae": {"block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2},
 }  # fmt: skip
+
+SHOWING: Mapping[str, Callable[[Any], None]] = {
+    "AutoencoderKLWan": carry_colours,
+    "WanTransformer3DModel": follow_pictures,
+}
+"""What is not left random: class -> the hand that sets its weights."""
 
 LORA_RANK = 4
 LORA_SIZE = 0.03  # of its factors: the product is as large as the random part of the weights
@@ -128,6 +134,8 @@ def _write_model(component: Component, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{component.source.repo}/{component.subfolder}".encode()))
         model = cls.from_config(values) if component.library == "diffusers" else cls(cls.config_class.from_dict(values))
+        if component.class_name in SHOWING:
+            SHOWING[component.class_name](model)
     tied = dict(component.tied)
     published = DTYPES["fp16" if component.variant == "fp16" else "fp32"]
     state = {

@@ -1,8 +1,8 @@
 """A component that lives in host memory and comes to the card for the moments when it is needed.
 
-Text and picture encoders run once a prompt, 11 GB for a quarter of a second. The usual offload copies a
-model to the card and then copies the unchanged weights back. Here the host copy is page-locked and kept:
-coming is one transfer, leaving is pointing the parameters back at it, and nothing is copied.
+Text and picture encoders run once a prompt, 11 GB for a quarter of a second. The usual offload copies a model to the
+card and then copies the unchanged weights back. Here the host copy is page-locked and kept: coming is one transfer,
+leaving is pointing the parameters back at it, and nothing is copied.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,7 @@ class Visitor:
 
     @contextmanager
     def on_card(self) -> Iterator[nn.Module]:
-        """The module with its parameters on the card for the length of the block, also when the block
-        fails."""
+        """The module with its parameters on the card for the length of the block, also when the block fails."""
         try:
             with torch.inference_mode(False):
                 for piece, buffer in zip(self._pieces, self._host.buffers, strict=True):

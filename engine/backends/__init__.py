@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
+from engine.card import Card
 from engine.outputs import Frames, Images
 from engine.profiles import Profile
 from engine.progress import Progress
@@ -39,8 +40,8 @@ class Backend(Protocol):
         """Give every byte back: host, card and caches."""
 
 
-def load_backend(profile: Profile, parts: Parts, device: str, budget_bytes: int) -> Backend:
-    """Import the profile's backend and build it from its parts within `budget_bytes` of the device's memory."""
+def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
+    """Import the profile's backend and build it from its parts, within the card's budget."""
     module, name = BACKENDS[profile.backend].split(":")
-    backend: Backend = getattr(import_module(module), name)(profile, parts, device, budget_bytes)
+    backend: Backend = getattr(import_module(module), name)(profile, parts, card)
     return backend

@@ -20,6 +20,7 @@ from diffusers import (
 )
 
 from engine.backends import Task
+from engine.card import Card
 from engine.frames import image_to_uint8
 from engine.outputs import Images
 from engine.profiles import Profile
@@ -49,10 +50,10 @@ COMPONENTS = (
 class Sdxl:
     """Base and refiner, resident; the VAE and the second text encoder are shared between them."""
 
-    def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:  # noqa: ARG002 one signature for all backends; 13 GB always fits
+    def __init__(self, profile: Profile, parts: Parts, card: Card) -> None:
         self.profile = profile
-        self._device = torch.device(device)
-        self._parts: dict[str, Any] = {name: parts.load(name, device) for name in COMPONENTS}
+        self._device = torch.device(card.device)
+        self._parts: dict[str, Any] = {name: parts.load(name, card.device) for name in COMPONENTS}
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Images:

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from engine.backends import Task
+from engine.card import Card
 from engine.conditioning import known_mask
 from engine.frames import to_uint8
 from engine.geometry import VideoShape, fit_area
@@ -34,12 +35,11 @@ from schemas.video_schema import VideoRequest
 class Wan:
     """Wan2.1 image-to-video: transformer and VAE on the card, the encoders visiting where there is no room."""
 
-    def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:
+    def __init__(self, profile: Profile, parts: Parts, card: Card) -> None:
         self.profile = profile
-        self._device = torch.device(device)
-        self._placed = place(profile, parts, self._device, budget_bytes, {"single": "transformer"})
-        self._vae = parts.load("vae", device)
-        self._memo = MemoEncoder(self._vae)
+        self._device = torch.device(card.device)
+        self._placed = place(profile, parts, card, {"single": "transformer"})
+        self._memo = MemoEncoder(self._placed.vae)
         self._scheduler = parts.load("scheduler")
         self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
         self._pictures = PictureEncoder(parts.load("image_processor"), self._placed.encoders["image_encoder"])
@@ -77,11 +77,11 @@ class Wan:
                 output_type="latent",
                 callback_on_step_end=after_step,
             ).frames
-        return Frames(self._decoded(latents, progress), shape, request.fps)
+        return Frames(self._decoded(latents, progress), shape, request.fps, self._placed.notes)
 
     def unload(self) -> None:
         self._placed.unload()
-        del self._placed, self._vae, self._memo, self._prompts, self._pictures
+        del self._placed, self._memo, self._prompts, self._pictures
 
     def _pipeline(self, transformer: Any) -> Any:
         """Made anew for each job: a pipeline is a dozen references, and its scheduler has a memory."""
@@ -91,7 +91,7 @@ class Wan:
             image_encoder=None,
             image_processor=None,
             transformer=transformer,
-            vae=self._vae,
+            vae=self._placed.vae,
             scheduler=type(self._scheduler).from_config(self._scheduler.config),
         )
         pipeline.memo = self._memo
@@ -101,9 +101,10 @@ class Wan:
 
     def _decoded(self, latents: torch.Tensor, progress: Progress) -> Iterator[np.ndarray]:
         with torch.inference_mode(), progress.stage("decode", latents.shape[2]) as step:
-            for chunk in decode_chunks(self._vae, latents):
+            for chunk in decode_chunks(self._placed.decoder, latents):
                 yield to_uint8(chunk[0])
                 step()
+        self._placed.settle()
 
 
 class _MemoPipeline(WanImageToVideoPipeline):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.backends import Task
+from engine.card import Card
 from engine.chain import Clip, Wish, check_hand_over, keep, motion_after, plan, returned_frames
 from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
 from engine.conditioning import LAYOUTS, Filling, Given, condition
@@ -65,14 +66,12 @@ class Job:
 class WanSvi:
     """Both experts, the VAE and the text encoder, each where the plan for this card puts it."""
 
-    def __init__(self, profile: Profile, parts: Parts, device: str, budget_bytes: int) -> None:
+    def __init__(self, profile: Profile, parts: Parts, card: Card) -> None:
         self.profile = profile
         self._parts = parts
-        self._device = torch.device(device)
-        self._vae = parts.load("vae", device)
-        self._memo = MemoEncoder(self._vae)
-        experts = {name: EXPERTS[name] for name in ("high", "low")}
-        self._placed = place(profile, parts, self._device, budget_bytes, experts)
+        self._device = torch.device(card.device)
+        self._placed = place(profile, parts, card, {name: EXPERTS[name] for name in ("high", "low")})
+        self._memo = MemoEncoder(self._placed.vae)
         self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
 
     @torch.inference_mode()
@@ -96,7 +95,7 @@ class WanSvi:
 
     def unload(self) -> None:
         self._placed.unload()
-        del self._vae, self._memo, self._placed, self._prompts
+        del self._memo, self._placed, self._prompts
 
     def _job(self, task: Task) -> Job:
         """Decide everything that can be decided, and refuse what cannot be, before any model works."""
@@ -110,7 +109,7 @@ class WanSvi:
         experts = with_strengths(self._placed.experts, task.profile, self._parts, request.loras_multipliers)
         job = Job(request, task.profile, task.seed, state, height, width, schedule, clips, experts)
         if state is not None:
-            check_fits(state, job.latent(job.motion_frames), self._vae.config.z_dim)
+            check_fits(state, job.latent(job.motion_frames), self._placed.vae.config.z_dim)
         return job
 
     def _embed(self, job: Job) -> tuple[list[Prompts], list[str]]:
@@ -150,7 +149,7 @@ class WanSvi:
         for clip, prompt in zip(job.clips, prompts, strict=True):
             layout = LAYOUTS[clip.layout]
             generator = torch.Generator("cpu").manual_seed(clip.seed)
-            shape = (1, self._vae.config.z_dim, *job.latent(clip.latent_frames))
+            shape = (1, self._placed.vae.config.z_dim, *job.latent(clip.latent_frames))
             noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
             shown = given if layout.needs_end else replace(given, end=None)
             filling = Filling(job.request.empty_frames, generator)
@@ -172,7 +171,7 @@ class WanSvi:
         return film
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        return encode_norm(self._vae, pixels, self._memo.encode)
+        return encode_norm(self._placed.vae, pixels, self._memo.encode)
 
     @torch.inference_mode()
     def _decoded(self, film: Film, progress: Progress) -> Iterator[np.ndarray]:
@@ -180,7 +179,7 @@ class WanSvi:
         with progress.stage("decode", sum(latents.shape[2] for _, latents in film)) as step:
             for clip, latents in film:
                 decode = decode_end_single if LAYOUTS[clip.layout].end_alone else decode_chunks
-                for chunk in keep(_counted(decode(self._vae, latents), step), clip.kept):
+                for chunk in keep(_counted(decode(self._placed.decoder, latents), step), clip.kept):
                     yield to_uint8(chunk[0])
 
 

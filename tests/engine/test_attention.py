@@ -63,9 +63,7 @@ def test_install_refuses_a_model_without_wan_attention():
 def test_processor_refuses_a_mask():
     block = make_wan(0).blocks[0]
     with pytest.raises(ValueError, match="mask"):
-        WanProcessor(KERNELS["native"].attend)(
-            block.attn1, torch.zeros(1, 4, 32), attention_mask=torch.zeros(1)
-        )
+        WanProcessor("native")(block.attn1, torch.zeros(1, 4, 32), attention_mask=torch.zeros(1))
 
 
 def test_native_passes_the_self_test_at_every_shape():
@@ -93,9 +91,7 @@ def test_choose_takes_native_on_a_cpu_without_a_word():
 
 
 def test_choose_says_why_a_wanted_kernel_is_not_used():
-    assert choose("cpu", "flash4").notes == (
-        "attention kernel flash4 is not used: the device is no CUDA card",
-    )
+    assert choose("cpu", "flash4").notes == ("attention kernel flash4 is not used: the device is no CUDA card",)
 
 
 def test_choose_refuses_an_unknown_name():
@@ -109,9 +105,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(attention, "SHAPES", attention.SHAPES[:1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     on_card = attention.relative_error
-    monkeypatch.setattr(
-        attention, "relative_error", lambda attend, _device, *shape: on_card(attend, "cpu", *shape)
-    )
+    monkeypatch.setattr(attention, "relative_error", lambda attend, _device, *shape: on_card(attend, "cpu", *shape))
 
 
 def test_choose_takes_the_fastest_that_passes(hopper):
@@ -129,9 +123,7 @@ def test_choose_skips_a_kernel_whose_result_is_off(hopper):
 
 
 def test_choose_skips_packages_that_are_missing(hopper):
-    chosen = choose(
-        "cuda"
-    )  # neither flash-attn-4 nor FlashAttention-2 is installed here, and cuDNN needs a card
+    chosen = choose("cuda")  # neither flash-attn-4 nor FlashAttention-2 is installed here, and cuDNN needs a card
     assert chosen.name == "native"
     assert [note.split("(")[1].split(":")[0] for note in chosen.notes] == [
         "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",

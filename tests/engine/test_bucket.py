@@ -173,9 +173,7 @@ def test_bucket_from_request_takes_plain_http_from_the_operators_list_only() -> 
 def test_bucket_from_request_checks_the_host_that_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     monkeypatch.setattr(bucket_module, "check_endpoint", lambda url, **_: checked.append(url))
-    bucket_from_request(
-        GOOD | {"bucketName": "metadata", "endpointUrl": "https://metadata.attacker.example"}, allow=()
-    )
+    bucket_from_request(GOOD | {"bucketName": "metadata", "endpointUrl": "https://metadata.attacker.example"}, allow=())
     bucket_from_request(GOOD | {"endpointUrl": "https://s3.eu-west-1.amazonaws.com"}, allow=())
     assert checked == ["https://metadata.attacker.example", "https://mine.s3.eu-west-1.amazonaws.com"]
 

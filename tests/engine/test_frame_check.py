@@ -56,9 +56,7 @@ def test_check_refuses_another_type_or_shape(chunk):
         check(chunk)
 
 
-@pytest.mark.parametrize(
-    ("counts", "words"), [((1, 3), "4 frames, not 5"), ((1, 4, 1), "6 frames or more, not 5")]
-)
+@pytest.mark.parametrize(("counts", "words"), [((1, 3), "4 frames, not 5"), ((1, 4, 1), "6 frames or more, not 5")])
 def test_check_refuses_another_count(counts, words):
     with pytest.raises(BadOutput, match=words):
         check(*[noise()[:1].repeat(count, axis=0) + np.uint8(i) for i, count in enumerate(counts)])
@@ -89,13 +87,14 @@ def test_check_refuses_a_video_that_shows_nothing(video, words):
         noise(),
         noise(1.5, 250),  # a white page with a decoder's noise
         noise(2.5, 2),  # a night sky
+        (noise() > 128) * np.uint8(3),  # a darker one: nothing above level 3
         starfield(40),
         flat(0, 60, 120, 180, 240),  # a fade of flat colours
         np.concatenate([flat(0, 0, 0, 0), noise()[4:]]),  # black until the last frame
         np.concatenate([noise()[:1].repeat(4, axis=0), noise(seed=1)[4:]]),  # a held picture, then a cut
         np.concatenate([flat(0), noise()[1:]]),
     ],
-    ids=["noise", "white page", "night", "stars", "fade", "late", "held", "opens black"],
+    ids=["noise", "white page", "night", "dark night", "stars", "fade", "late", "held", "opens black"],
 )
 def test_check_accepts_a_dull_but_legal_video(video):
     check(video[:1], video[1:])

@@ -24,14 +24,10 @@ def tiny() -> AutoencoderKLWan:
     return make_vae(8)
 
 
-def make_pixels(
-    frames: int, side: int, start_frames: int = 1, end: bool = False, seed: int = 1
-) -> torch.Tensor:
+def make_pixels(frames: int, side: int, start_frames: int = 1, end: bool = False, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.zeros(1, 3, frames, side, side)
-    pixels[:, :, :start_frames] = torch.randn(1, 3, start_frames, side, side, generator=generator).clamp(
-        -1, 1
-    )
+    pixels[:, :, :start_frames] = torch.randn(1, 3, start_frames, side, side, generator=generator).clamp(-1, 1)
     if end:
         pixels[:, :, -1] = torch.randn(1, 3, side, side, generator=generator).clamp(-1, 1)
     return pixels
@@ -112,9 +108,7 @@ def test_grey_picture_rests_sooner_and_teaches_nothing_to_the_next(tiny):
 def test_resting_without_comparing_the_kept_frames_would_be_wrong(tiny, monkeypatch):
     monkeypatch.setattr(memo_encode, "_same", lambda _before, _after: True)
     pixels = make_pixels(81, 16)
-    assert not torch.equal(
-        moments(MemoEncoder(tiny, verify=False).encode(pixels)), moments(tiny.encode(pixels))
-    )
+    assert not torch.equal(moments(MemoEncoder(tiny, verify=False).encode(pixels)), moments(tiny.encode(pixels)))
 
 
 def test_verify_compares_each_pattern_once(tiny, monkeypatch):
@@ -142,9 +136,7 @@ def test_unequal_result_falls_back_to_stock_and_says_so():
     assert len(memo.notes) == 1
     before = next(calls)
     memo.encode(make_pixels(21, 16, seed=2))
-    assert (
-        next(calls) - before == 1 + 6
-    )  # six chunks through the stock encoder, none through the memoised one
+    assert next(calls) - before == 1 + 6  # six chunks through the stock encoder, none through the memoised one
     assert memo.last == memo_encode.Encoded(6, (), "its memoised encode was not equal before")
     assert first.latent_dist.mode().shape == (1, 16, 6, 2, 2)
 
@@ -169,6 +161,4 @@ def test_encode_leaves_the_vae_as_it_was(tiny):
     tiny.clear_cache()
     before = {name: repr(value) for name, value in vars(tiny).items() if not name.startswith("_modules")}
     MemoEncoder(tiny, verify=False).encode(make_pixels(21, 16))
-    assert {
-        name: repr(value) for name, value in vars(tiny).items() if not name.startswith("_modules")
-    } == before
+    assert {name: repr(value) for name, value in vars(tiny).items() if not name.startswith("_modules")} == before

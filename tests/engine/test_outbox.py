@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_sweep_stops_at_a_store_that_is_out_and_keeps_everything(tmp_path: Path,
     assert outbox.sweep(box, out) == 0
     assert len(asked) == 1
     assert len(taken(box)) == 3
+
+
+def test_sweep_goes_on_when_another_worker_takes_an_entry_away(tmp_path: Path, box: Path) -> None:
+    for number in range(3):
+        outbox.keep(box, entry(tmp_path, b"x", f"worker/{number}/video.mp4"))
+
+    def deliver(each: Entry) -> None:
+        if "/1/" in each.key:
+            shutil.rmtree(each.file.path.parent)
+        each.file.path.read_bytes()
+
+    assert outbox.sweep(box, deliver) == 2
+    assert list(box.iterdir()) == []
 
 
 def test_sweep_goes_on_past_an_entry_that_is_refused(tmp_path: Path, box: Path) -> None:

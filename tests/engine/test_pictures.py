@@ -80,10 +80,9 @@ def test_decode_picture_would_take_long_over_a_scan_bomb_without_that(monkeypatc
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("scans", [5000, 50_000])
-def test_child_ends_a_scan_bomb_within_its_limits_without_that(scans, monkeypatch):
+def test_child_ends_a_scan_bomb_within_its_limits_without_that(monkeypatch):
     monkeypatch.setattr(pictures, "has_too_many_scans", lambda _: False)
-    data = scan_bomb(scans)
+    data = scan_bomb(50_000)
     started = time.monotonic()
     assert verdict(data) == "the picture takes too long to decode"
     assert 4.5 < time.monotonic() - started < 5.5

@@ -1,6 +1,7 @@
 """Stages are timed, steps reported in order, and a cancel or deadline takes hold between two steps."""
 
 import threading
+import time
 
 import pytest
 
@@ -77,3 +78,19 @@ def test_time_of_a_failed_stage_is_kept() -> None:
     with pytest.raises(RuntimeError), progress.stage("decode"):
         raise RuntimeError
     assert "decode" in progress.timings_s
+
+
+def test_pause_ends_at_once_when_the_job_is_cancelled() -> None:
+    progress = Progress()
+    threading.Timer(0.05, progress.cancelled.set).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        progress.pause(60)
+    assert time.monotonic() - started < 30
+
+
+def test_pause_does_not_outlast_the_deadline() -> None:
+    started = time.monotonic()
+    with pytest.raises(JobTimeout):
+        Progress(deadline_s=0.05).pause(60)
+    assert time.monotonic() - started < 30

@@ -121,9 +121,7 @@ def raising(error: Exception):
     ],
 )
 def test_understand_tells_a_failing_store_from_one_that_refuses(status, code, kind) -> None:
-    error = ClientError(
-        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject"
-    )
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
     assert type(understand(error, ENVIRONMENT)) is kind
 
 
@@ -189,9 +187,7 @@ def test_a_body_damaged_on_its_way_is_refused_and_sent_again(bucket: Bucket, pro
         ({"name": "missing-bucket"}, "the bucket does not exist; check BUCKET_NAME and BUCKET_ENDPOINT_URL"),
     ],
 )  # fmt: skip
-def test_a_refusal_comes_at_once_after_one_request(
-    bucket: Bucket, proxy: FaultProxy, change, sentence
-) -> None:
+def test_a_refusal_comes_at_once_after_one_request(bucket: Bucket, proxy: FaultProxy, change, sentence) -> None:
     objects = connect(replace(bucket, **change))
     started = time.monotonic()
     with pytest.raises(StoreRefused) as caught:
@@ -246,6 +242,12 @@ def test_connect_has_one_client_for_the_same_keys_and_another_for_others() -> No
     assert connect(bucket) is not connect(replace(bucket, secret_access_key=Secret("other")))
 
 
+def test_a_machine_with_broken_aws_settings_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(StoreRefused, match="the store cannot be used with these settings; check BUCKET_ENDPOINT_URL"):
+        Objects(bucket_at("http://127.0.0.1:9"))
+
+
 def test_redirects_of_a_store_are_not_followed() -> None:
     with PlainStore() as inside, PlainStore("redirect", redirect_to=f"{inside.endpoint}/bucket/a") as store:
         objects = connect(bucket_at(store.endpoint))
@@ -257,9 +259,7 @@ def test_redirects_of_a_store_are_not_followed() -> None:
     assert inside.requests == []
 
 
-def test_debug_logging_shows_no_key_and_no_signature(
-    bucket: Bucket, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_debug_logging_shows_no_key_and_no_signature(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         put(connect(bucket))
         connect(bucket).sign("a/video.mp4", 60)

@@ -214,6 +214,23 @@ def test_sweep_leaves_everything_while_the_store_is_out(proxy, bucket, store, ma
     assert len(list((tmp_path / "outbox").iterdir())) == 1
 
 
+def test_deliver_says_so_when_the_outbox_fails_too(proxy, store, make_file, tmp_path) -> None:
+    (tmp_path / "outbox").write_bytes(b"a file, where a folder should be")
+    proxy.close()
+    with pytest.raises(StoreUnwell) as caught:
+        out(store).deliver(make_file(), "job-7", "video.mp4")
+    assert caught.value.sentence == (
+        f"the store did not answer; the outbox could not keep {FOLDER}/video.mp4 (File exists)"
+    )
+
+
+def test_recall_gives_nothing_when_another_file_stands_in_its_place(bucket, store, make_file) -> None:
+    finish(store, make_file())
+    connect(bucket).delete(f"{FOLDER}/video.mp4", Patience.lasting(10))
+    store.deliver(make_file(), "job-7", "video.mp4")
+    assert store.recall("job-7", INPUT) is None
+
+
 def test_deliver_with_wrong_keys_fails_fast_and_still_keeps_the_file(store, make_file, tmp_path) -> None:
     wrong = replace(store, bucket=replace(store.bucket, secret_access_key=Secret("wrong")))
     started = time.monotonic()

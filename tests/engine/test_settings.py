@@ -46,6 +46,7 @@ def test_blank_value_counts_as_unset() -> None:
         ("WORKER_VRAM_GB", "44", "WORKER_VRAM_GB is not a setting; did you mean WORKER_VRAM_GIB?"),
         ("BUCKET_NAM", "b", "BUCKET_NAM is not a setting; did you mean BUCKET_NAME?"),
         ("BUCKET_NAME", "b", "S3 is half set"),
+        ("WORKER_FETCH_ALLOW", "10.0.0.0/99", "WORKER_FETCH_ALLOW is '10.0.0.0/99', not host names"),
     ],
 )
 def test_bad_variable_is_refused_with_a_sentence(variable: str, value: str, sentence: str) -> None:

@@ -1,6 +1,7 @@
 """Which way a file goes, and the two ways without S3: the machine's own disk and the response itself."""
 
 import base64
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_local_names_its_setting_when_the_disk_does_not_take_the_file(tmp_path: 
     assert caught.value.sentence == (
         "WORKER_OUTPUT_DIR did not take c37bd1a8462d7ad637654ed3043935aa/video.mp4 (Not a directory)"
     )
+
+
+def test_local_leaves_nothing_half_written_when_the_disk_fails(
+    local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engine.storage.os.fsync", fail)
+    with pytest.raises(DeliveryFailed, match=r"\(No space left on device\)"):
+        local.deliver(media_file(tmp_path / "a.mp4", b"x"), "job-7", "video.mp4")
+    assert [path for path in (tmp_path / "output").rglob("*") if path.is_file()] == []
 
 
 def test_local_remembers_no_response(local: LocalStore) -> None:

@@ -146,6 +146,16 @@ def test_upload_in_parts_that_fails_leaves_no_parts_behind(swift, proxy, bucket,
     assert (contents(swift, bucket), unfinished(swift, bucket)) == ({}, [])
 
 
+def test_upload_in_parts_fails_for_its_own_reason_when_the_parts_cannot_be_removed(
+    proxy, bucket, make_file, caplog
+) -> None:
+    proxy.inject("503", 1, matching="PUT .*partNumber=2")
+    proxy.inject("500", 1, matching="DELETE")
+    with pytest.raises(StoreUnwell, match="status 503"):
+        upload(connect(bucket), make_file(LARGE), KEY, Patience.lasting(0.0))
+    assert "were left behind: the store is failing (status 500)" in caplog.text
+
+
 def test_upload_in_parts_does_not_clean_up_when_the_worker_is_taken_away(proxy, bucket, make_file) -> None:
     def pause(_seconds: float) -> None:
         raise WorkerShutdown("the platform takes the worker away")
@@ -245,6 +255,11 @@ def test_upload_never_accepts_an_object_that_is_not_the_file(make_file, quirks) 
         with pytest.raises(StoreUnwell, match="the store kept other bytes than it was sent"):
             upload(connect(bucket_at(store.endpoint)), make_file(SMALL), KEY, Patience.lasting(0.5))
         assert store.objects == {}
+
+
+def test_upload_never_believes_a_store_that_loses_what_it_took(make_file) -> None:
+    with PlainStore("lose") as store, pytest.raises(StoreUnwell, match="the store lost the file after it took it"):
+        upload(connect(bucket_at(store.endpoint)), make_file(SMALL), KEY, Patience.lasting(0.5))
 
 
 @pytest.mark.parametrize("quirk", ["flip", "truncate"])

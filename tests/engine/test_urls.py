@@ -15,7 +15,7 @@ GOOD = [
     ("https://example.com/fu\u00df/\u732b.png", Target("https", "example.com", 443, "/fu%C3%9F/%E7%8C%AB.png")),
     ("https://b\u00fccher.example/", Target("https", "xn--bcher-kva.example", 443, "/")),
     ("https://s3_bucket.example.com/", Target("https", "s3_bucket.example.com", 443, "/")),
-    ("https://h/a?X-Amz-Signature=ab~c&x=[1]|'<>", Target("https", "h", 443, "/a?X-Amz-Signature=ab~c&x=[1]|'%3C%3E")),
+    ("https://h/a?X-Amz-Sig=a~c&x=[1]|'<>", Target("https", "h", 443, "/a?X-Amz-Sig=a~c&x=[1]|'%3C%3E")),
 ]
 
 
@@ -26,8 +26,8 @@ def test_parse_url_takes_apart(text, target):
 
 BAD = [
     "", "a", "/etc/passwd", "//example.com/x", "example.com/x", "file:///etc/passwd", "ftp://example.com/x",
-    "gopher://example.com:70/x", "http+unix://%2Fvar%2Frun%2Fdocker.sock/", "data:image/png;base64,AAAA", "javascript:1",
-    "http://", "http:///x", "http:/example.com", "http://user@example.com/", "http://u:p@example.com/",
+    "gopher://example.com:70/x", "http+unix://%2Fvar%2Frun%2Fdocker.sock/", "data:image/png;base64,AAAA",
+    "javascript:1", "http://", "http:///x", "http:/example.com", "http://user@example.com/", "http://u:p@example.com/",
     "http://example.com@127.0.0.1/", "http://@127.0.0.1/", "http://127.0.0.1\\@example.com/", "http:\\\\127.0.0.1/",
     "http://example.com\\.127.0.0.1/", " http://example.com/", "http://example.com/ ", "http://exam ple.com/",
     "http://example.com/a b", "http://example.com/\r\nHost: x", "http://example.com/\tx", "http://exam\nple.com/",

@@ -1,10 +1,10 @@
 """A store that keeps raw bodies in memory and checks nothing, with the quirks of real ones to switch on.
 
 Quirks: `no-checksums` answers 501 to any `x-amz-checksum-*` header; `no-algorithm` answers 400 to
-`x-amz-sdk-checksum-algorithm`; `no-conditions` answers 501 to a conditional write; `flip` keeps a body with
-one bit changed, `truncate` without its second half; `no-metadata` forgets `x-amz-meta-*`; `opaque-etag` has
-ETags that are no MD5, as with SSE-KMS; `no-signed-urls` opens nothing without an Authorization header;
-`redirect` sends everybody elsewhere.
+`x-amz-sdk-checksum-algorithm`; `no-conditions` answers 501 to a conditional write; `flip` keeps a body with one bit
+changed, `truncate` without its second half; `lose` takes an object and has none; `no-metadata` forgets `x-amz-meta-*`;
+`opaque-etag` has ETags that are no MD5, as with SSE-KMS; `no-signed-urls` opens nothing without an Authorization
+header; `redirect` sends everybody elsewhere.
 """
 
 import hashlib
@@ -77,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = bytes([body[0] ^ 1]) + body[1:]
         if "truncate" in quirks:
             body = body[: len(body) // 2]
+        if "lose" in quirks:
+            return self._answer(200)
         kept = {
             name: value
             for name, value in self.headers.items()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from engine import profiles, weights
 from engine.backends import Task
+from engine.card import Card
 from engine.backends.sdxl import SCHEDULERS, Sdxl
 from engine.progress import Progress, Update
 from engine.settings import Settings
@@ -22,7 +23,7 @@ SMALL = {"prompt": "a red fox", "height": 64, "width": 64, "num_inference_steps"
 @pytest.fixture(scope="module")
 def sdxl(twins: Any) -> Sdxl:
     baked = weights.locate(profiles.PROFILES["sdxl"], Settings(weights_dir=twins))
-    return Sdxl(baked.profile, baked.parts(), "cpu", 0)
+    return Sdxl(baked.profile, baked.parts(), Card("cpu", 0))
 
 
 def task(sdxl: Sdxl, payload: dict[str, Any], picture: Image.Image | None = None, seed: int = 7) -> Task:

@@ -8,6 +8,7 @@ import torch
 
 from engine import profiles, weights
 from engine.backends import Task
+from engine.card import Card
 from engine.backends.wan import Wan
 from engine.outputs import Frames
 from engine.pictures import fit_picture
@@ -27,7 +28,7 @@ def parts(twins: Any) -> weights.Parts:
 
 @pytest.fixture(scope="module")
 def wan(parts: weights.Parts) -> Wan:
-    return Wan(parts.profile, parts, "cpu", 2**40)
+    return Wan(parts.profile, parts, Card("cpu", 2**40))
 
 
 def task(wan: Wan, payload: dict[str, Any], seed: int = 7) -> Task:

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 
 from engine.backends import Task
+from engine.card import Card
 from engine.backends.wan_svi import WanSvi
 from engine.experts import RollingExperts
 from engine.frames import to_uint8
@@ -47,7 +48,7 @@ class TinyParts:
 
 @pytest.fixture(scope="module")
 def backend() -> WanSvi:
-    return WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    return WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
 
 
 def task(pictures=BOTH, seed=7, profile=SVI, **fields) -> Task:
@@ -134,7 +135,7 @@ def test_window_returns_what_the_layouts_origin_does(backend, layout, returned):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flf_equals_the_whole_stock_pipeline_with_last_image(dtype, monkeypatch):
-    backend = WanSvi(FLF, TinyParts(FLF, dtype), "cpu", 2**40)
+    backend = WanSvi(FLF, TinyParts(FLF, dtype), Card("cpu", 2**40))
     pipeline = WanImageToVideoPipeline(
         tokenizer=tiny_tokenizer(), text_encoder=tiny_text_encoder(), vae=tiny_vae(),
         transformer=tiny_transformer(1, dtype), transformer_2=tiny_transformer(2, dtype),
@@ -194,7 +195,7 @@ def test_prompts_are_encoded_once_and_the_negative_one_only_for_guidance():
     encoder, encoded = tiny_text_encoder(), []
     encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
     parts._make["text_encoder"] = lambda: encoder
-    backend = WanSvi(SVI, parts, "cpu", 2**40)
+    backend = WanSvi(SVI, parts, Card("cpu", 2**40))
 
     run(backend)
     assert len(encoded) == 1
@@ -257,7 +258,7 @@ def test_state_of_a_video_too_short_for_it_is_refused_before_anything_runs(backe
 
 
 def test_row_20_every_clip_starts_from_the_noise_of_its_own_seed():
-    backend = WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    backend = WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
     starts: list[torch.Tensor] = []
 
     def remember(_module, _args, inputs):
@@ -387,8 +388,8 @@ def test_size_below_the_models_smallest_side_is_refused(backend):
 
 @pytest.mark.parametrize("stop_after", [1, 3, 6])
 def test_failed_job_leaves_no_trace_in_the_next(stop_after):
-    alone = run(WanSvi(SVI, TinyParts(), "cpu", 2**40), svi2pro=False)
-    backend = WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    alone = run(WanSvi(SVI, TinyParts(), Card("cpu", 2**40)), svi2pro=False)
+    backend = WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
     cancelled = threading.Event()
 
     def stop(update: Update) -> None:
@@ -426,7 +427,7 @@ def test_progress_runs_over_the_whole_chain(backend):
 
 
 def test_experts_that_take_turns_on_the_card_give_the_same_bytes(backend):
-    rolling = WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    rolling = WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
     taking_turns = RollingExperts(dict(rolling._placed.experts._models), "cpu")
     rolling._placed = replace(rolling._placed, experts=taking_turns)
     fields = {"video_length": 161, "guidance_scale": 3.0}
@@ -435,7 +436,7 @@ def test_experts_that_take_turns_on_the_card_give_the_same_bytes(backend):
 
 
 def test_unload_lets_go_of_every_model():
-    backend = WanSvi(SVI, TinyParts(), "cpu", 2**40)
+    backend = WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
     backend.unload()
 
     assert not [name for name, value in vars(backend).items() if isinstance(value, torch.nn.Module)]
@@ -472,8 +473,8 @@ BAKED = {lora.file: lora.strength for lora in SVI.loras}
 
 def test_lora_strengths_of_a_request_equal_a_bake_at_those_strengths_and_leave_no_trace():
     asked = dict(zip(BAKED, (1.0, 1.0, 0.5, 2.0), strict=True))
-    expected = run(WanSvi(SVI, PartsWithLoras(asked), "cpu", 2**40))
-    backend = WanSvi(SVI, PartsWithLoras(BAKED), "cpu", 2**40)
+    expected = run(WanSvi(SVI, PartsWithLoras(asked), Card("cpu", 2**40)))
+    backend = WanSvi(SVI, PartsWithLoras(BAKED), Card("cpu", 2**40))
     before = run(backend)
 
     got = run(backend, loras_multipliers="1;0 0;1 0.5;0 0;2")
@@ -484,7 +485,7 @@ def test_lora_strengths_of_a_request_equal_a_bake_at_those_strengths_and_leave_n
 
 
 def test_lora_of_the_high_expert_can_be_lent_to_the_low_one():
-    backend = WanSvi(SVI, PartsWithLoras(BAKED), "cpu", 2**40)
+    backend = WanSvi(SVI, PartsWithLoras(BAKED), Card("cpu", 2**40))
 
     assert not np.array_equal(run(backend, loras_multipliers="1;1 0;1 1.2;0 0;1"), run(backend))
 

@@ -1,0 +1,23 @@
+"""The device as a backend may use it: how much of it, and by which means."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What makes a transformer fast. `attention` None: the fastest kernel that passes its test. `cache_dir`: of graphs."""
+
+    attention: str | None = None
+    compile: bool = True
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """`device`: cuda or cpu. `precision`: bf16, fp8 or int8 for transformers; None: as baked."""
+
+    device: str
+    budget_bytes: int
+    precision: str | None = None
+    levers: Levers = Levers()

@@ -1,0 +1,60 @@
+"""What a job does, as numbers that hold at any size: a change that makes jobs dearer fails here."""
+
+from bench.counts import count_experts, count_jobs
+
+# Of 13 frames at 64 x 64. Layout svi_latent encodes two pictures alone; the end is decoded alone as well. The first
+# encode of a shape is compared with the stock one: three runs where a second job has two.
+SVI = {
+    "text_encoder": 1,
+    "transformer": 2,
+    "transformer_2": 4,
+    "vae.decoder": 5,
+    "vae.encoder first stage": 3,
+    "vae.encoder last stage": 3,
+}
+
+
+def calls(counts: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if not name.startswith("load ")}
+
+
+def test_svi_job_makes_six_forwards_and_remembers_its_prompt(twins):
+    first, second = count_jobs("svi_endframe", twins)
+    assert calls(first) == SVI
+    assert calls(second) == {
+        "transformer": 2,
+        "transformer_2": 4,
+        "vae.decoder": 5,
+        "vae.encoder first stage": 2,
+        "vae.encoder last stage": 2,
+    }
+
+
+def test_second_job_loads_nothing(twins):
+    first, second = count_jobs("svi_endframe", twins)
+    assert all(count == 1 for name, count in first.items() if name.startswith("load "))
+    assert not [name for name in second if name.startswith("load ")]
+
+
+def test_flf_encode_rests_where_the_film_stands_still(twins):
+    """81 frames: 21 chunks, of which the first stage runs 4 once the shape is known to be right."""
+    _, second = count_jobs("svi_endframe", twins, video_length=81, model_type="wan_2_2_i2v_lightning_svi_endframe")
+    assert second["vae.encoder first stage"] == 4
+    assert second["vae.encoder last stage"] == 18  # the twin has fewer stages than the real one
+    assert (second["transformer"], second["transformer_2"]) == (2, 4)
+
+
+def test_video_job_makes_two_forwards_a_step(twins):
+    _, second = count_jobs("video", twins)
+    assert second["transformer"] == 8
+    assert "text_encoder" not in second
+    assert "image_encoder" not in second
+
+
+def test_image_job_makes_base_and_refiner_forwards(twins):
+    _, second = count_jobs("image", twins)
+    assert (second["unet"], second["refiner_unet"]) == (25, 15)
+
+
+def test_experts_share_one_graph_and_a_warm_job_moves_each_once(twins):
+    assert count_experts(twins) == {"graphs": 1, "experts moved, warm job": 2.0}
