@@ -22,7 +22,7 @@ FROM base AS weights
 COPY download_weights.py ./
 COPY schemas/__init__.py schemas/errors.py schemas/
 COPY engine/published engine/published
-COPY engine/__init__.py engine/settings.py \
+COPY engine/__init__.py engine/settings.py engine/addresses.py \
      engine/profile.py engine/profiles.py engine/profiles_sdxl.py engine/profiles_wan.py \
      engine/weights.py engine/parts.py engine/published.py engine/tensorfile.py \
      engine/hub.py engine/bake.py engine/convert.py engine/lora.py engine/lora_keys.py \

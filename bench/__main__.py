@@ -2,7 +2,8 @@
 
     python -m bench                                         svi_endframe, plain and ours, and the card's ceilings
     python -m bench jobs --modes image video --repeats 5    other jobs
-    python -m bench ladder swap vae accuracy                one forward lever by lever; expert swap; VAE; 8-bit accuracy
+    python -m bench ladder kernels                          one forward, lever by lever; where its time goes
+    python -m bench swap vae accuracy                       expert swap; VAE; what 8 bits cost in accuracy
     python -m bench jobs --arms ours --repeats 50           does memory grow?
     python -m bench --cpu-counts                            counts on the tiny twins, no card needed
 
@@ -24,7 +25,7 @@ from typing import Any
 from bench.jobs import CAP_GIB, JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
-WHAT = ("jobs", "ladder", "swap", "vae", "accuracy")
+WHAT = ("jobs", "ladder", "kernels", "swap", "vae", "accuracy")
 UNCAPPED = ("swap", "accuracy")  # they compare with two bf16 experts on one card, and keep every layer's inputs
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.timing import seconds
 from bench.work import TERA
 from engine import attention
 from engine.linear8 import KINDS, quantise
@@ -13,7 +14,6 @@ from engine.linear8_check import self_test
 SIDE = 8192  # of the square products: large enough to fill any card
 TOKENS, HEADS, HEAD = 32_760, 40, 128  # self-attention of the 14B models at 832x480x81
 COPY_BYTES = 2**30
-REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,3 @@ def _copy(device: str) -> float:
     host = torch.empty(COPY_BYTES, dtype=torch.uint8).pin_memory()
     card = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     return COPY_BYTES / seconds(lambda: card.copy_(host, non_blocking=True)) / 1e9
-
-
-def seconds(run: Callable[[], object], repeats: int = REPEATS, warm_up: int = 2) -> float:
-    """Median seconds of `run` on the card's clock, after `warm_up` runs."""
-    for _ in range(warm_up):
-        run()
-    spent = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        spent.append(begin.elapsed_time(end) / 1000)
-    return sorted(spent)[len(spent) // 2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench import accuracy, ceilings, ladder, ours, plain, swap, vae
+from bench import accuracy, ceilings, kernels, ladder, ours, plain, swap, vae
 from bench.jobs import GIB, located
 from bench.timing import Sample, Watch, bytes_to_device, sample
 from engine.linear8_check import self_test
@@ -26,8 +26,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "ceilings": lambda _: {"ceilings": ceilings.measure()},
         "plain": _job,
         "ours": _job,
-        "ladder": lambda cell: {"ladder": ladder.Ladder(_transformer(cell, "cuda"), ceilings.measure()).climb()},
-        "swap": lambda cell: {"swap": swap.compare(lambda expert: _transformer(cell, "cpu", expert))},
+        "ladder": lambda cell: {"ladder": ladder.climb(_transformer(cell, "cuda"), ceilings.measure())},
+        "kernels": lambda cell: {"kernels": kernels.profile(_transformer(cell, "cuda"), ladder.inputs("cuda"))},
+        "swap": lambda cell: {
+            "swap": swap.compare(lambda expert: _transformer(cell, "cpu", expert), ladder.inputs("cuda"))
+        },
         "vae": lambda cell: {"vae": vae.compare(_parts(cell).load("vae", "cuda"))},
         "accuracy": lambda cell: {
             "accuracy": accuracy.compare(lambda: _transformer(cell, "cuda"), self_test("cuda").passed)
@@ -51,6 +54,7 @@ def _job(cell: dict[str, Any]) -> dict[str, Any]:
     answer = {
         "first": _told(first),
         "samples": [_told(one) for one in samples],
+        "tokens": watch.tokens,
         "bytes_to_device": moved,
         "in_effect": arm.in_effect(),
         "notes": arm.notes,

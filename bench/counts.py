@@ -57,7 +57,7 @@ def count_jobs(mode: str, twins: Path, **changes: Any) -> list[dict[str, int]]:
     calls: Counter[str] = Counter()
     parts = CountedParts(rest, calls)
     models = ModelHandler(Settings(weights_dir=twins))
-    task = job.task(rest.profile, {**job.payload, **job.small, **changes})
+    task = job.task(rest.profile, 1, {**job.small, **changes})
     counted = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:

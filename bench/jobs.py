@@ -1,7 +1,13 @@
-"""The requests that are measured: one a mode, the same for every arm. Pictures are grain, weights are random."""
+"""The requests that are measured: one a mode, the same for every arm.
 
+Every run has a new prompt and new pictures, so that nothing an arm remembers from the run before makes it look fast.
+Pictures are grain, weights are random.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,9 +43,16 @@ class Job:
     """Of the transformers, or of the UNets, guidance included."""
     image_tokens: int = 0
 
-    def task(self, profile: Profile, payload: dict[str, Any]) -> Task:
-        request = parse_request(payload)
-        return Task(profile, request, SEED, {name: picture(i, self.shape) for i, name in enumerate(self.pictures)})
+    def take(self, number: int) -> dict[str, Any]:
+        """The payload of the job's n-th run: a prompt that nobody has embedded yet."""
+        return {**self.payload, "prompt": f"{self.payload['prompt']}, take {number}"}
+
+    def given(self, number: int) -> dict[str, Image.Image]:
+        """Its pictures, new ones each time."""
+        return {name: picture(100 * number + i, self.shape) for i, name in enumerate(self.pictures)}
+
+    def task(self, profile: Profile, number: int, changes: Mapping[str, Any] = MappingProxyType({})) -> Task:
+        return Task(profile, parse_request({**self.take(number), **changes}), SEED, self.given(number))
 
 
 VIDEO_480P = VideoShape(81, 480, 832)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.ceilings import Ceilings, seconds
-from bench.timing import peak_reserved_gib
+from bench.ceilings import Ceilings
+from bench.timing import begin_peak, peak_reserved_gib, seconds
 from bench.work import TERA, TEXT_TOKENS, Forward, forward_work
 from engine import attention
 from engine.compiling import CompiledBlocks
@@ -54,15 +54,29 @@ def inputs(device: str, latent: LatentShape = LATENT, seed: int = 1) -> dict[str
     }
 
 
-class Ladder:
-    """Climbs with one transformer on the card."""
+def climb(model: nn.Module, ceilings: Ceilings) -> list[Rung]:
+    """The ladder of a Wan2.2 transformer on the card, at 832x480x81."""
+    return Ladder(model, ceilings, inputs("cuda"), forward_work(LATENT.tokens)).climb()
 
-    def __init__(self, model: nn.Module, ceilings: Ceilings, device: str = "cuda") -> None:
+
+class Ladder:
+    """Climbs with one transformer, which is changed on the way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ceilings: Ceilings,
+        given: dict[str, Any],
+        work: Forward,
+        device: str = "cuda",
+        backend: str = "inductor",
+    ) -> None:
         self._model = model
         self._device = device
         self._ceilings = ceilings
-        self._inputs = inputs(device)
-        self._work: Forward = forward_work(LATENT.tokens)
+        self._inputs = given
+        self._work = work
+        self._backend = backend
         self._reference: torch.Tensor | None = None
         self.rungs: list[Rung] = []
 
@@ -82,7 +96,7 @@ class Ladder:
         return self.rungs
 
     def _compiled(self, name: str) -> None:
-        blocks = CompiledBlocks([self._model])
+        blocks = CompiledBlocks([self._model], backend=self._backend)
         self._forward()  # the eager forward that starts the compiler behind it
         blocks.wait()
         self._rung(name)
@@ -95,7 +109,7 @@ class Ladder:
         return self._model(**self._inputs)[0]
 
     def _rung(self, name: str) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        begin_peak()
         first_s = seconds(self._forward, repeats=1, warm_up=0)
         spent = seconds(self._forward, REPEATS, warm_up=1)
         out = self._forward().float().cpu()

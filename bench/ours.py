@@ -32,15 +32,18 @@ class Arm:
         self.job: Job = JOBS[mode]
         profile, rest = located(mode, twins)
         self._parts = WatchedParts(CardParts(profile, rest), watch)
-        self._task = self.job.task(profile, self.job.payload)
+        self._profile = profile
+        self._number = 0
         self._models = ModelHandler(settings)
         self.notes: tuple[str, ...] = ()
 
     def run(self) -> dict[str, float]:
         """One job; its stages, the file's writing in `decode` because it is written as it is decoded."""
         progress = Progress()
+        self._number += 1
+        task = self.job.task(self._profile, self._number)
         with tempfile.TemporaryDirectory() as folder:
-            made = self._models.generate(self._task, self._parts, Path(folder), progress)
+            made = self._models.generate(task, self._parts, Path(folder), progress)
         self.notes = made.notes
         return progress.timings_s
 

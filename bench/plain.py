@@ -19,7 +19,7 @@ from diffusers import (
 )
 from diffusers.utils import export_to_video
 
-from bench.jobs import JOBS, SEED, Job, located, picture
+from bench.jobs import JOBS, SEED, Job, located
 from bench.ours import CardParts
 from bench.timing import Watch, WatchedParts
 
@@ -32,6 +32,7 @@ class Arm:
     def __init__(self, mode: str, twins: Path, watch: Watch) -> None:
         self.job: Job = JOBS[mode]
         self.notes: tuple[str, ...] = ()
+        self._number = 0
         profile, rest = located(mode, twins)
         parts = WatchedParts(CardParts(profile, rest), watch)
         self._pipelines = {"svi_endframe": _svi, "video": _video, "image": _image}[mode](parts)
@@ -43,6 +44,7 @@ class Arm:
     @torch.inference_mode()
     def run(self) -> dict[str, float]:
         """One job; its stages: the pipeline as a whole, and the file."""
+        self._number += 1
         started = time.perf_counter()
         made = self._image() if self.job.mode == "image" else self._video()
         piped = time.perf_counter()
@@ -64,11 +66,12 @@ class Arm:
         self._pipelines = ()
 
     def _video(self) -> Any:
-        shape, words = self.job.shape, self.job.payload
-        end = {"last_image": picture(1, shape)} if self.job.mode == "svi_endframe" else {}
+        shape, words = self.job.shape, self.job.take(self._number)
+        start, *ends = self.job.given(self._number).values()
+        end = {"last_image": ends[0]} if ends else {}
         steps = {"svi_endframe": (6, 1.0), "video": (words.get("num_inference_steps"), 5.0)}[self.job.mode]
         return self._pipelines[0](
-            image=picture(0, shape),
+            image=start,
             prompt=words["prompt"],
             height=shape.height,
             width=shape.width,
@@ -81,7 +84,7 @@ class Arm:
 
     def _image(self) -> Any:
         base, refiner = self._pipelines
-        prompt = self.job.payload["prompt"]
+        prompt = self.job.take(self._number)["prompt"]
         latents = base(
             prompt=prompt, num_inference_steps=25, guidance_scale=7.5, output_type="latent",
             generator=torch.Generator("cpu").manual_seed(SEED),

@@ -24,7 +24,7 @@ def render(results: Sequence[dict[str, Any]]) -> str:
     """All cells of a run, in their order; the jobs with their ratio last."""
     ceilings = next((cell["ceilings"] for cell in results if "ceilings" in cell), None)
     parts = [_ceilings(ceilings)] if ceilings else []
-    for name in ("ladder", "swap", "vae"):
+    for name in ("ladder", "kernels", "swap", "vae"):
         parts += [_plain_rows(name, cell[name]) for cell in results if name in cell]
     parts += [_accuracy(cell["accuracy"]) for cell in results if "accuracy" in cell]
     jobs = [cell for cell in results if "samples" in cell]
@@ -75,7 +75,7 @@ def _job_row(cell: dict[str, Any], ceilings: dict[str, Any] | None) -> list[obje
     rate: object = "–"
     share: object = "–"
     if job.mode != "image":
-        work = forward_work(job.shape.latent().tokens, image_tokens=job.image_tokens)
+        work = forward_work(cell["tokens"], image_tokens=job.image_tokens)
         rate = work.total / forward_s / TERA
         if ceilings:
             products = ceilings["products"]

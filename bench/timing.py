@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bench.jobs import GIB
+from engine.geometry import LatentShape
 
 WATCHED = ("transformer", "transformer_2", "unet", "refiner_unet", "text_encoder", "image_encoder")
 
@@ -36,11 +37,13 @@ class Watch:
     """Seconds of every call of the modules it follows, on the card's own clock; on the CPU's where there is none."""
 
     def __init__(self) -> None:
+        self.tokens = 0
+        """Of the last forward of a video transformer: what it really worked on, not what the request looks like."""
         self._marks: list[tuple[str, Any, Any]] = []
         self._open: dict[str, Any] = {}
 
     def follow(self, name: str, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda *_: self._begin(name))
+        module.register_forward_pre_hook(lambda _, args, kwargs: self._begin(name, args, kwargs), with_kwargs=True)
         module.register_forward_hook(lambda *_: self._end(name))
 
     def take(self) -> dict[str, list[float]]:
@@ -49,16 +52,18 @@ class Watch:
             torch.cuda.synchronize()
         calls: dict[str, list[float]] = {}
         for name, begin, end in self._marks:
-            spent = begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
-            calls.setdefault(name, []).append(spent)
+            calls.setdefault(name, []).append(between(begin, end))
         self._marks.clear()
         return calls
 
-    def _begin(self, name: str) -> None:
-        self._open[name] = _mark()
+    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shown = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(shown, torch.Tensor) and shown.dim() == 5:  # (1, c, T, h, w)
+            self.tokens = LatentShape(*shown.shape[2:]).tokens
+        self._open[name] = mark()
 
     def _end(self, name: str) -> None:
-        self._marks.append((name, self._open.pop(name), _mark()))
+        self._marks.append((name, self._open.pop(name), mark()))
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class WatchedParts:
 def sample(run: Callable[[], dict[str, float]], watch: Watch) -> Sample:
     """Run one job; `run` returns its stages."""
     watch.take()
-    _settle()
+    begin_peak()
     started = time.perf_counter()
     stages = run()
     if torch.cuda.is_available():
@@ -94,7 +99,7 @@ def sample(run: Callable[[], dict[str, float]], watch: Watch) -> Sample:
 
 
 def peak_reserved_gib() -> float:
-    """The most that torch's allocator held since `sample` began; what the card really gave away."""
+    """The most that torch's allocator held since `begin_peak`; what the card really gave away."""
     return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
 
 
@@ -122,15 +127,38 @@ def copied_bytes(trace: dict[str, Any]) -> int:
     )
 
 
-def _settle() -> None:
+def begin_peak() -> None:
+    """What the allocator holds from here on counts for `peak_reserved_gib`."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def _mark() -> Any:
+def mark() -> Any:
+    """A moment: in the card's own queue of work, or on the CPU's clock where there is no card."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Seconds between two marks; waits for the second."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def seconds(run: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> float:
+    """Median seconds of `run`, after `warm_up` runs."""
+    for _ in range(warm_up):
+        run()
+    spent = []
+    for _ in range(repeats):
+        begin = mark()
+        run()
+        spent.append(between(begin, mark()))
+    return median(spent)

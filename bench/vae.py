@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from bench.ceilings import seconds
-from bench.timing import peak_reserved_gib
+from bench.timing import begin_peak, peak_reserved_gib, seconds
 from bench.work import TERA, VAE_DECODE, VAE_ENCODE, VAE_ENCODE_MEMOISED
+from engine.geometry import VideoShape
 from engine.linear8_check import snr_db
 from engine.memo_encode import MemoEncoder
 from engine.vae import decode_chunks
 
-FRAMES, HEIGHT, WIDTH = 81, 480, 832
+SHAPE = VideoShape(81, 480, 832)
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Row:
 
 
 @torch.inference_mode()
-def compare(vae: Any, device: str = "cuda") -> list[Row]:
+def compare(vae: Any, device: str = "cuda", shape: VideoShape = SHAPE) -> list[Row]:
     """`vae`: AutoencoderKLWan in fp32 on the card."""
-    pixels = torch.zeros(1, 3, FRAMES, HEIGHT, WIDTH, device=device)
+    pixels = torch.zeros(1, 3, *shape, device=device)
     generator = torch.Generator(device).manual_seed(3)
     for frame in (0, -1):
-        pixels[:, :, frame] = torch.rand(1, 3, HEIGHT, WIDTH, generator=generator, device=device) * 2 - 1
+        pixels[:, :, frame] = torch.rand(1, 3, shape.height, shape.width, generator=generator, device=device) * 2 - 1
     memo = MemoEncoder(vae)
     stock = vae.encode(pixels).latent_dist.parameters
     equal = torch.equal(memo.encode(pixels).latent_dist.parameters, stock)
@@ -41,10 +41,10 @@ def compare(vae: Any, device: str = "cuda") -> list[Row]:
             "encode, memoised fp32",
             lambda: memo.encode(pixels),
             VAE_ENCODE_MEMOISED,
-            f"equal: {equal}; stage runs {sum(runs)} of {14 * 21}; {'; '.join(memo.notes)}",
+            f"equal: {equal}; stage runs {sum(runs)} of {len(runs) * shape.latent().frames}; {'; '.join(memo.notes)}",
         ),
     ]
-    latents = torch.randn(1, 16, 21, HEIGHT // 8, WIDTH // 8, generator=generator, device=device)
+    latents = torch.randn(1, 16, *shape.latent(), generator=generator, device=device)
     rows.append(_row("decode, stock fp32", lambda: vae.decode(latents), VAE_DECODE, ""))
     wide = torch.cat([chunk.cpu() for chunk in decode_chunks(vae, latents)], dim=2)
     vae.to(torch.bfloat16)
@@ -62,7 +62,6 @@ def compare(vae: Any, device: str = "cuda") -> list[Row]:
 
 
 def _row(name: str, run: Any, work: float, says: str) -> Row:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    begin_peak()
     spent = seconds(run, repeats=3)
     return Row(name, spent, work / spent / TERA, peak_reserved_gib(), says)

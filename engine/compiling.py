@@ -15,8 +15,8 @@ When. A graph that is not there yet must not delay a job by more than 5 s, and c
   forward.
 - It did not: the job runs eagerly. A thread compiles meanwhile, on tensors without storage, up to the point where the
   result would run, and throws it away: what remains is the compiler's cache. The next forward after that finds it
-  there. The thread takes no memory of the card; it shares the interpreter with the eager forward, which hardly
-  notices, because it waits for the card most of the time.
+  there. The thread takes no memory of the card; it shares the interpreter with the eager forward, which meanwhile
+  waits for the card after each block, so that there is something to share.
 - A module inside a block carries a hook (a LoRA at another strength, say): the block runs eagerly, because compiled
   code would pass the hook by.
 - Compiling fails, or there are more sizes than graphs are allowed: the eager block serves on, and `notes` says so.
@@ -157,7 +157,10 @@ class CompiledBlocks:
     def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Tensor:
         signature = _signature(args)
         if _has_inner_hooks(block) or (signature not in self._ready and not self._begin(signature, block, args)):
-            return self._eager(block, *args)
+            eager = self._eager(block, *args)
+            if signature in self._behind:
+                _let_others_run(eager)
+            return eager
         try:
             out: Tensor = self._compiled(block, *args)
         except TorchDynamoException as error:
@@ -186,6 +189,16 @@ class CompiledBlocks:
         reason = " ".join(str(problem).split())[:MAX_REASON] or type(problem).__name__
         self.notes.append(f"blocks run uncompiled for {signature[0][0][1]} tokens: {reason}")
         log.warning("%s", self.notes[-1])
+
+
+def _let_others_run(out: Tensor) -> None:
+    """Wait for the card here, where waiting gives the interpreter away.
+
+    A thread that fills the card's launch queue blocks inside the launch and keeps the interpreter: the compiler would
+    get a share of it only between two forwards. 40 waits a forward cost some milliseconds.
+    """
+    if out.is_cuda:
+        torch.cuda.current_stream(out.device).synchronize()
 
 
 class _Compiled(BaseException):

@@ -127,10 +127,11 @@ def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def round_rows(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """(rows, n) -> 8-bit (rows, n) and float32 scales (rows, 1). A NaN or infinity turns its row into NaN."""
     scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST_AMAX) / kind.limit
-    scaled = x.float() / scale
+    # One float32 buffer, worked on in place: eager, the feed-forward's is 1.8 GB at 832x480x81.
+    scaled = x / scale
     if kind.dtype is torch.int8:
-        scaled = scaled.round()
-    return scaled.clamp(-kind.limit, kind.limit).to(kind.dtype), scale
+        scaled.round_()
+    return scaled.clamp_(-kind.limit, kind.limit).to(kind.dtype), scale
 
 
 def _fp8_rows(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,8 +161,8 @@ def _int8_rows(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor |
         x_q = functional.pad(x_q, (0, 0, 0, INT8_MIN_ROWS - rows))
     # int32: 127 * 127 * 13824 (Wan's longest row) stays under 2**31
     product = torch._int_mm(x_q, weight_q.t()).narrow(0, 0, rows)
-    out = product.float() * x_scale * weight_scale
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    out = (product * x_scale).mul_(weight_scale)
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 
 def widened_product(

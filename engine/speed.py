@@ -6,9 +6,11 @@ Narrowing comes before placing, because placing packs the tensors that are there
 before compiling, because it is part of the graph.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from engine import attention
@@ -68,6 +70,11 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
 
 
 def precision_of(model: nn.Module) -> str:
-    """How the model's linear layers multiply: a kind of linear8, or the type of its weights."""
+    """How the model's linear layers multiply: a kind of linear8, or the type of most of its weights."""
     kinds = {layer.kind for layer in model.modules() if isinstance(layer, Linear8)}
-    return "+".join(sorted(kinds)) or str(next(model.parameters()).dtype).removeprefix("torch.")
+    if kinds:
+        return "+".join(sorted(kinds))
+    held = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        held[parameter.dtype] += parameter.numel()
+    return str(held.most_common(1)[0][0]).removeprefix("torch.")

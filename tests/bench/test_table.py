@@ -20,6 +20,7 @@ def make_sample(seconds: float, forward_s: float) -> dict:
 def make_cell(what: str, precision: str, seconds: float, forward_s: float) -> dict:
     return {
         "what": what, "mode": "svi_endframe", "cap_gib": 44.5, "card": "card", "bytes_to_device": 2_000_000_000,
+        "tokens": 32_760,
         "in_effect": {"precision": precision, "attention": "flash4", "graphs": 1}, "notes": [],
         "first": make_sample(20.0, 3.0), "samples": [make_sample(seconds, forward_s)] * 5,
     }  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from bench.timing import Watch, WatchedParts, copied_bytes, sample
+from tests.engine.tiny_wan import make_wan, wan_inputs
 
 
 class Parts:
@@ -48,6 +49,14 @@ def test_sample_counts_only_its_own_job_and_leaves_encoders_out_of_the_forwards(
     assert one.stages_s == {"denoise": 0.5}
     assert (len(one.calls_s["text_encoder"]), len(one.forwards_s())) == (1, 2)
     assert one.seconds > sum(one.forwards_s())
+
+
+def test_watch_reads_the_tokens_off_the_forward():
+    watch, model = Watch(), make_wan(0)
+    watch.follow("transformer", model)
+    with torch.no_grad():
+        model(**wan_inputs(height=12))
+    assert watch.tokens == 24  # 2 latent frames of 12 x 4, patches of 1 x 2 x 2
 
 
 def test_copied_bytes_counts_what_goes_to_the_card():

@@ -58,6 +58,6 @@ def test_bake_killed_in_the_middle_leaves_nothing_half_done(upstream: Path, tmp_
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("tensors", range(1, 400, 20))
+@pytest.mark.parametrize("tensors", range(1, 361, 18))
 def test_bake_killed_anywhere_leaves_nothing_half_done(upstream: Path, tmp_path: Path, tensors: int) -> None:
     whole_after(upstream, tmp_path, tensors)

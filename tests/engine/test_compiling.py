@@ -136,6 +136,24 @@ def test_cold_cache_serves_eagerly_while_it_compiles_behind():
     assert graph_count() == 2  # the one compiled behind, and its adoption
 
 
+def test_eager_blocks_leave_the_interpreter_to_the_compiler_only_while_it_works(monkeypatch):
+    model = make_wan(0, layers=3)
+    may_compile, waits = threading.Event(), []
+    monkeypatch.setattr(compiling, "_let_others_run", lambda _out: waits.append(1))
+
+    def slow(graph, inputs):
+        assert may_compile.wait(60)
+        return graph.forward
+
+    blocks = CompiledBlocks([model], backend=slow)
+    forward(model)
+    assert len(waits) == 3
+    may_compile.set()
+    blocks.wait()
+    forward(model)
+    assert len(waits) == 3
+
+
 def test_thread_compiles_without_running_or_holding_memory():
     model = make_wan(0)
     runs, storages = [], []

@@ -223,6 +223,14 @@ def test_experts_of_different_layout_are_refused(models):
         RollingExperts({"high": models["high"], "low": make_wan(1, LAYERS, ffn_dim=96)}, "cpu")
 
 
+def test_blocks_that_differ_cannot_share_slots():
+    model = make_wan(0, LAYERS)
+    model.blocks[1].register_buffer("extra", torch.zeros(3))
+    with pytest.raises(ValueError, match="blocks differ"):
+        RollingExperts({"single": copy.deepcopy(model)}, "cpu", slots=2)
+    RollingExperts({"single": model}, "cpu")
+
+
 def test_unload_leaves_no_storage(rolling):
     rolling.unload()
     assert {tensor.device.type for tensor in rolling.model.parameters()} == {"meta"}

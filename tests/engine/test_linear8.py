@@ -74,6 +74,14 @@ def test_forward_keeps_type_and_leading_axes(kind, dtype):
     assert (out.shape, out.dtype) == ((2, 3, 256), dtype)
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_forward_leaves_its_input_as_it_was(kind):
+    inputs = torch.randn(4, 512)
+    before = inputs.clone()
+    Linear8.from_linear(make_linear(), kind)(inputs)
+    assert torch.equal(inputs, before)
+
+
 def test_nan_activation_is_not_hidden():
     inputs = torch.randn(4, 512)
     inputs[2, 5] = float("nan")
@@ -171,6 +179,18 @@ def test_quantised_model_compiles_to_one_graph_and_stays_equal(kind):
     with torch.no_grad():
         assert torch.equal(compiled(inputs), linear(inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_int8_kernel_never_sees_fewer_rows_than_it_takes(monkeypatch):
+    """torch._int_mm on a card refuses 16 rows and fewer; its shape function does not know that."""
+    kernel, seen = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(len(a)) or kernel(a, b))
+    with FakeTensorMode():
+        layer = Linear8(512, 256, bias=True, kind="int8", device="cuda")
+        for rows in (1, 16, 17, 64):
+            out = layer(torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda"))
+            assert out.shape == (rows, 256)
+    assert seen == [17, 17, 17, 64]
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

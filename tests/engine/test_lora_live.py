@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from engine.linear8 import replace_linears
 from engine.lora import LoraWeights, load_lora, merge
 from engine.lora_live import live_adapters, strength_changes
 from schemas.errors import Cancelled, InvalidInput, WeightsCorrupt
@@ -66,9 +67,7 @@ def loras(tmp_path) -> list[LoraWeights]:
     return [saved(tmp_path / "svi_high.safetensors", 1), saved(tmp_path / "light_high.safetensors", 2)]
 
 
-def baked(
-    model: WanTransformer3DModel, loras: list[LoraWeights], strengths: list[float]
-) -> WanTransformer3DModel:
+def baked(model: WanTransformer3DModel, loras: list[LoraWeights], strengths: list[float]) -> WanTransformer3DModel:
     model = copy.deepcopy(model)
     pairs = list(zip(loras, strengths, strict=True))
     model.load_state_dict({name: merge(weight, name, pairs) for name, weight in model.state_dict().items()})
@@ -94,9 +93,7 @@ def test_live_adapters_equal_a_bake_at_the_asked_strengths(loras):
     changes = strength_changes(loras, asked=[0.4, 0.0], baked=[1.0, 1.2])
     with live_adapters({"high": worker}, {"high": changes}, torch.float32):
         live = run(worker)
-    torch.testing.assert_close(
-        live, run(baked(model, loras, [0.4, 0.0])), rtol=1e-4, atol=1e-5
-    )  # fp32 re-association
+    torch.testing.assert_close(live, run(baked(model, loras, [0.4, 0.0])), rtol=1e-4, atol=1e-5)  # fp32 re-association
     assert (live - run(worker)).abs().max() > 0.05  # the strengths did matter
 
 
@@ -109,6 +106,21 @@ def test_live_adapters_equal_a_bake_in_bf16(loras):
     asked = run(baked(model, loras, [0.4, 0.0]), torch.bfloat16).float()
     unchanged = run(worker, torch.bfloat16).float()
     assert (live - asked).abs().mean() < 0.1 * (unchanged - asked).abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["int8-weights", "fp8", "int8"])
+def test_live_adapters_work_on_8_bit_layers(loras, kind):
+    """The correction is as exact as on wide weights; what remains is the rounding of the weights themselves."""
+    model = transformer(0)
+    worker = baked(model, loras, [1.0, 1.2])
+    replace_linears(worker, kind)
+    before = run(worker)
+    changes = strength_changes(loras, asked=[0.4, 0.0], baked=[1.0, 1.2])
+    with live_adapters({"high": worker}, {"high": changes}, torch.float32):
+        live = run(worker)
+    asked = run(baked(model, loras, [0.4, 0.0]))
+    assert (live - asked).abs().mean() < 0.15 * (before - asked).abs().mean()
+    assert torch.equal(run(worker), before)
 
 
 def test_live_adapters_leave_no_trace(loras):
@@ -239,8 +251,6 @@ def test_live_adapters_refuse_a_module_that_is_not_there(tmp_path):
     model = transformer(0)
     with (
         pytest.raises(WeightsCorrupt, match=r"blocks\.9\.ffn\.net\.0\.proj, which the model does not have"),
-        live_adapters(
-            {"high": model}, {"high": [(load_lora(tmp_path / "high.safetensors"), 1.0)]}, torch.float32
-        ),
+        live_adapters({"high": model}, {"high": [(load_lora(tmp_path / "high.safetensors"), 1.0)]}, torch.float32),
     ):
         pytest.fail("entered")

@@ -111,6 +111,13 @@ def test_resting_without_comparing_the_kept_frames_would_be_wrong(tiny, monkeypa
     assert not torch.equal(moments(MemoEncoder(tiny, verify=False).encode(pixels)), moments(tiny.encode(pixels)))
 
 
+def test_settled_stage_lets_its_input_go(tiny):
+    """At full size a chunk is 613 MB; every stage but the last two has settled by the end of a still film."""
+    _, stages = memo_encode._encode(tiny, list(memo_encode._chunks(make_pixels(81, 16))))
+    held = [stage.given.frames is not None for stage in stages]
+    assert held == [False] * 12 + [True] * 2
+
+
 def test_verify_compares_each_pattern_once(tiny, monkeypatch):
     stock_encodes = []
     stock = tiny.encode

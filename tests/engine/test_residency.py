@@ -15,8 +15,12 @@ from engine.published import published_values
 from engine.residency import GIB, plan
 from schemas.errors import RequestTooLarge, SettingsError
 
-SVI = PROFILES["wan22_i2v_svi"]
-VIDEO = PROFILES["wan21_i2v_480p"]
+# Working memory is a measurement and moves with the code; the planner's arithmetic is tested on fixed figures.
+ROWS = {
+    name: replace(row, work_bytes=10_500_000_000, narrow_work_bytes=6_000_000_000) for name, row in PROFILES.items()
+}
+SVI = ROWS["wan22_i2v_svi"]
+VIDEO = ROWS["wan21_i2v_480p"]
 ADA = (8, 9)
 
 
@@ -38,7 +42,7 @@ ADA = (8, 9)
     ],
 )
 def test_plan_picks_what_moves_least_and_fits(profile, precision, card_gib, kind, encoder):
-    made = plan(PROFILES[profile], int(card_gib * GIB), precision=precision, capability=ADA)
+    made = plan(ROWS[profile], int(card_gib * GIB), precision=precision, capability=ADA)
     assert (made.kind, made.where("text_encoder")) == (kind, encoder)
     assert made.card_bytes <= card_gib * GIB
 

@@ -20,6 +20,12 @@ def test_narrow_leaves_a_model_as_loaded(precision):
     assert precision_of(model) == "float32"
 
 
+def test_precision_is_that_of_most_weights():
+    model = make_wan(0).to(torch.bfloat16)
+    model.scale_shift_table.data = model.scale_shift_table.data.float()  # first of all, and fp32 in the real models
+    assert precision_of(model) == "bfloat16"
+
+
 def test_narrow_uses_the_fast_kernel_where_it_passed():
     model = make_wan(0)
     assert narrow(model, "int8", "cuda", HOPPER) == ()

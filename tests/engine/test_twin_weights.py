@@ -67,7 +67,7 @@ def test_vae_twin_writes_latents_of_the_published_statistics(twins: Path) -> Non
     mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
     with torch.inference_mode():
         white = (vae.encode(torch.ones(1, 3, 1, 32, 32)).latent_dist.mode() - mean) / std
-    assert white[:, :15].abs().mean().item() == pytest.approx(1.5, abs=0.05)
+    assert white[:, :15].abs().mean().item() == pytest.approx(1.5, abs=0.15)
 
 
 def test_video_twin_keeps_the_start_picture(twins: Path) -> None:
