@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TWINS := weights/tiny/.ready
 
-.PHONY: setup twins demo test check docs soak chaos coverage clean
+.PHONY: setup twins demo test check docs soak image coverage clean
 
 setup: $(READY)
 
@@ -17,7 +17,10 @@ $(READY): builder/requirements.txt builder/requirements-dev.txt
 
 twins: $(TWINS)
 
-$(TWINS): $(READY) download_weights.py $(wildcard engine/published/*.json) engine/profiles.py engine/twins.py engine/bake.py engine/lora.py
+BAKES := $(addprefix engine/,$(addsuffix .py,bake convert lora lora_keys parts profile profiles profiles_sdxl profiles_wan \
+         published tensorfile twin_tokenizers twin_weights twins weights))
+
+$(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.json)
 	$(BIN)/python download_weights.py --tiny --output weights/tiny
 	touch $@
 
@@ -38,6 +41,9 @@ docs: $(READY)
 
 soak: $(TWINS)
 	$(BIN)/python -m pytest -m soak --timeout 1800
+
+image: test check
+	docker build --platform linux/amd64 --build-arg PROFILES=$(or $(PROFILES),sdxl) -t worker:latest .
 
 coverage: $(TWINS)
 	$(BIN)/python -m pytest -m "not soak and not gpu" --cov --cov-report=term-missing

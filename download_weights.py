@@ -39,20 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.tiny:
             return tiny(profiles, options.output)
         pins = Lock.read(options.lock_file)
-        return bake(profiles, HuggingFaceHub(pins, options.endpoint, options.require_lock), options.output)
+        hub = HuggingFaceHub(pins, options.endpoint, options.require_lock)
+        return bake(profiles, hub, options.output, options.keep_loras)
     except (BakeFailed, WorkerError) as error:
         print(f"download_weights: {error}", file=sys.stderr)
         return 1
 
 
-def bake(profiles: Sequence[Profile], hub: HuggingFaceHub, output: Path) -> int:
+def bake(profiles: Sequence[Profile], hub: HuggingFaceHub, output: Path, keep_loras: bool) -> int:
     """Fetch from the hub and bake; refuses before the first byte when the budget is passed."""
     from engine.bake import bake as bake_profile
 
     if dry_run(profiles):
         return 1
     for profile in profiles:
-        print(bake_profile(profile, hub, output))
+        print(bake_profile(profile, hub, output, keep_loras=keep_loras))
     return 0
 
 
@@ -65,7 +66,7 @@ def tiny(profiles: Sequence[Profile], output: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for profile in profiles:
             write_upstream(profile, Path(folder))
-            print(bake_profile(profile, FolderHub(Path(folder)), output, twin=True))
+            print(bake_profile(profile, FolderHub(Path(folder)), output, twin=True, keep_loras=True))
     return 0
 
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=IMAGE.path, help="the weights folder; default: weights/baked")
     add("--lock-file", type=Path, default=LOCK, help="default: builder/weights.lock.json")
     add("--require-lock", action="store_true", help="refuse repositories that the lock file does not name")
+    add("--keep-loras", action="store_true", help="for requests' own strengths: 1.2 GB a file, not counted")
     add("--endpoint", help="another hub with Hugging Face's API; default: HF_ENDPOINT or huggingface.co")
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--tiny", action="store_true", help="bake tiny twins, offline")

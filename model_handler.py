@@ -176,7 +176,14 @@ def card_error(error: RuntimeError) -> WorkerError | None:
 
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory("the card has not enough memory for this request; ask for fewer frames or a smaller size")
-    words = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "device-side assert", "illegal memory access")
+    words = (
+        "CUDA error",
+        "CUBLAS_STATUS",
+        "CUDNN_STATUS",
+        "cuDNN error",
+        "device-side assert",
+        "illegal memory access",
+    )
     if isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words):
         return GpuFault("the card failed; the worker is being replaced, send the request again")
     return None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.linear8 import project
 from schemas.errors import SettingsError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -198,9 +199,13 @@ class WanProcessor:
         image, text = None, context
         if attn.add_k_proj is not None:
             image, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(text).unflatten(2, (attn.heads, -1))
+        if encoder_hidden_states is None:
+            query, key, value = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
+        else:
+            query, (key, value) = attn.to_q(hidden_states), project(text, (attn.to_k, attn.to_v))
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         out = self._attend(query, key, value).flatten(2, 3).type_as(query)
@@ -213,11 +218,14 @@ class WanProcessor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of features by its angle. x: (b, n, heads, d); cos, sin: (1, n, 1, d), each angle twice."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    """Turn each pair of features by its angle. x: (b, n, heads, d); cos, sin: (1, n, 1, d), each angle twice.
+
+    (a, b) -> (a cos - b sin, b cos + a sin), written without slices: one pass over x when it is compiled, where
+    diffusers' even and odd halves are written apart. The same products and sums, so the same bits.
+    """
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    return (x * cos + partner * (sin * sign)).type_as(x)
 
 
 def install(transformer: nn.Module, name: str) -> int:

@@ -20,7 +20,7 @@ from engine.hub import BakeFailed, Hub, RemoteFile
 from engine.lora import LoraWeights, check_expert, load_lora
 from engine.profile import Component, Lora, Profile, Source
 from engine.tensorfile import weight_files
-from engine.weights import FORMAT, recipe, sha256
+from engine.weights import FORMAT, LORAS, recipe, sha256
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,11 @@ STAGING = ".staging"  # in the weights folder, so that a rename never crosses a 
 RECORD = "component.json"
 
 
-def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False) -> Path:
+def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_loras: bool = False) -> Path:
     """Bake `profile` into `root` and return its manifest. What is there already and the same is kept.
+
+    `keep_loras`: leave the LoRA files beside the weights they are merged into, so that a request may ask for
+    other strengths. For wan22_i2v_svi that is 4.9 GB more.
 
     Raises:
         BakeFailed: something could not be fetched, or is not what the profile describes.
@@ -39,8 +42,9 @@ def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False) -> Path:
     with _alone(root):
         _refuse_mixture(root, twin)
         records = {part.name: _component(part, profile, hub, root, twin) for part in profile.components}
+        kept = _keep_loras(profile, hub, root) if keep_loras else []
         path = root / profile.folder / "manifest.json"
-        _write_json(path, _manifest(profile, records, twin))
+        _write_json(path, _manifest(profile, records, kept, twin))
         shutil.rmtree(root / STAGING, ignore_errors=True)
     return path
 
@@ -130,7 +134,22 @@ def _fetch_lora(lora: Lora, hub: Hub, downloads: Path) -> LoraWeights:
     return weights
 
 
-def _manifest(profile: Profile, records: Mapping[str, Mapping[str, Any]], twin: bool) -> dict[str, Any]:
+def _keep_loras(profile: Profile, hub: Hub, root: Path) -> list[dict[str, Any]]:
+    """Put the LoRA files, numbered as in the profile, where engine.parts looks for them; returns their lines."""
+    target = root / profile.folder / LORAS
+    staging = root / STAGING / profile.folder / LORAS
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for i, lora in enumerate(profile.loras):
+        _fetch_lora(lora, hub, root / STAGING / "hub")
+        shutil.copy(root / STAGING / "hub" / lora.source.repo / lora.file, staging / f"{i}.safetensors")
+    _replace(staging, target, root)
+    return _files(target, f"{profile.folder}/{LORAS}")
+
+
+def _manifest(
+    profile: Profile, records: Mapping[str, Mapping[str, Any]], kept: list[dict[str, Any]], twin: bool
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "profile": profile.name,
@@ -139,7 +158,7 @@ def _manifest(profile: Profile, records: Mapping[str, Mapping[str, Any]], twin: 
             name: {key: record[key] for key in ("recipe", "commits", "loras_sha256")}
             for name, record in records.items()
         },
-        "files": [line for record in records.values() for line in record["files"]],
+        "files": [*(line for record in records.values() for line in record["files"]), *kept],
     }
 
 

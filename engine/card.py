@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Levers:
-    """What makes a transformer fast. `attention` None: the fastest kernel that passes its test. `cache_dir`: of graphs."""
+    """What makes a transformer fast. `attention`: None takes the fastest that passes. `cache_dir`: of graphs."""
 
     attention: str | None = None
     compile: bool = True

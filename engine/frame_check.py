@@ -40,9 +40,7 @@ class FrameCheck:
         import numpy as np
 
         if not isinstance(chunk, np.ndarray) or chunk.dtype != np.uint8:
-            raise BadOutput(
-                f"the model made {getattr(chunk, 'dtype', type(chunk).__name__)} frames, not uint8"
-            )
+            raise BadOutput(f"the model made {getattr(chunk, 'dtype', type(chunk).__name__)} frames, not uint8")
         height, width = self._shape[1:]
         if chunk.ndim != 4 or chunk.shape[1:] != (height, width, 3) or not len(chunk):
             raise BadOutput(f"the model made frames of shape {chunk.shape}, not (f, {height}, {width}, 3)")

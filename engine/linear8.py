@@ -23,7 +23,7 @@ CPU the fast kinds compute the same rounded values with a float32 product.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,17 @@ the card does not have.
 """
 
 
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+"""x_q (tokens, in), x_scale (tokens, 1), weight_q (out, in), weight_scale (out,), bias, type -> (tokens, out)."""
+
+
 @dataclass(frozen=True)
 class Kind:
-    """How to store and multiply. `multiply` takes x (tokens, in), weight_q (out, in), weight_scale, bias."""
+    """How to store and multiply."""
 
     dtype: torch.dtype
     limit: float  # the largest magnitude the format holds
-    multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    product: Product | None  # of 8-bit operands; None: the weight is widened and the activations are left alone
     capability: tuple[int, int] | None  # the card's least compute capability, None for any device
 
 
@@ -93,9 +97,8 @@ class Linear8(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in) of any float type -> (..., out) of the same type."""
-        rows = hidden_states.reshape(-1, self.in_features)
-        out = KINDS[self.kind].multiply(rows, self.weight_q, self.weight_scale, self.bias)
-        return out.reshape(*hidden_states.shape[:-1], self.out_features)
+        (out,) = project(hidden_states, (self,))
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, kind={self.kind}"
@@ -134,12 +137,47 @@ def round_rows(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     return scaled.clamp_(-kind.limit, kind.limit).to(kind.dtype), scale
 
 
-def _fp8_rows(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    x_q, x_scale = round_rows(x, KINDS["fp8"])
-    if x.device.type == "cpu":
-        return widened_product(x_q, x_scale, weight_q, weight_scale, bias, x.dtype)
-    # Fast accumulation keeps fewer bits between the tensor core's steps; without it Hopper runs at about
-    # half rate.
+def project(hidden_states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of one input (..., in).
+
+    8-bit layers of one fast kind share the rounding of the input; the compiler does not find that by itself. Layers
+    of other sorts, and those that somebody hooked, are called one by one.
+    """
+    first = layers[0]
+    if len(layers) > 1 and not all(_shares_rounding(layer, first) for layer in layers):
+        return tuple(layer(hidden_states) for layer in layers)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    assert isinstance(first, Linear8)
+    kind = KINDS[first.kind]
+    if kind.product is None:
+        outs = [_widened_weight(rows, first.weight_q, first.weight_scale, first.bias)]
+    else:
+        x_q, x_scale = round_rows(rows, kind)
+        outs = [
+            kind.product(x_q, x_scale, layer.weight_q, layer.weight_scale, layer.bias, hidden_states.dtype)
+            for layer in layers
+            if isinstance(layer, Linear8)
+        ]
+    return tuple(out.reshape(*hidden_states.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def _shares_rounding(layer: nn.Module, first: nn.Module) -> bool:
+    return (
+        isinstance(layer, Linear8)
+        and isinstance(first, Linear8)
+        and layer.kind == first.kind
+        and KINDS[layer.kind].product is not None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+def _fp8_rows(
+    x_q: Tensor, x_scale: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if x_q.device.type == "cpu":
+        return widened_product(x_q, x_scale, weight_q, weight_scale, bias, dtype)
+    # Fast accumulation keeps fewer bits between the tensor core's steps; without it Hopper runs at about half rate.
     out = torch._scaled_mm(
         x_q,
         weight_q.t(),
@@ -149,20 +187,21 @@ def _fp8_rows(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | 
         out_dtype=torch.bfloat16,  # the only type the row-wise kernel writes
         use_fast_accum=True,
     )
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
-def _int8_rows(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    x_q, x_scale = round_rows(x, KINDS["int8"])
-    if x.device.type == "cpu":
-        return widened_product(x_q, x_scale, weight_q, weight_scale, bias, x.dtype)
+def _int8_rows(
+    x_q: Tensor, x_scale: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if x_q.device.type == "cpu":
+        return widened_product(x_q, x_scale, weight_q, weight_scale, bias, dtype)
     rows = x_q.shape[0]
     if rows < INT8_MIN_ROWS:
         x_q = functional.pad(x_q, (0, 0, 0, INT8_MIN_ROWS - rows))
     # int32: 127 * 127 * 13824 (Wan's longest row) stays under 2**31
     product = torch._int_mm(x_q, weight_q.t()).narrow(0, 0, rows)
     out = (product * x_scale).mul_(weight_scale)
-    return (out if bias is None else out.add_(bias)).to(x.dtype)
+    return (out if bias is None else out.add_(bias)).to(dtype)
 
 
 def widened_product(
@@ -186,8 +225,8 @@ def _widened_weight(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Ten
 KINDS: Mapping[str, Kind] = {
     "fp8": Kind(torch.float8_e4m3fn, 448.0, _fp8_rows, (8, 9)),
     "int8": Kind(torch.int8, 127.0, _int8_rows, (8, 0)),
-    "fp8-weights": Kind(torch.float8_e4m3fn, 448.0, _widened_weight, None),
-    "int8-weights": Kind(torch.int8, 127.0, _widened_weight, None),
+    "fp8-weights": Kind(torch.float8_e4m3fn, 448.0, None, None),
+    "int8-weights": Kind(torch.int8, 127.0, None, None),
 }
 
 

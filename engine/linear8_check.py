@@ -78,7 +78,8 @@ def product_snr_db(kind: Kind, rows: int, in_features: int, out_features: int, d
     bias = torch.randn(out_features, generator=generator).to(device, torch.bfloat16)
     x_q, x_scale = round_rows(x, kind)
     reference = widened_product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, torch.float32)
-    return snr_db(reference, kind.multiply(x, weight_q, scale.squeeze(-1), bias))
+    assert kind.product is not None
+    return snr_db(reference, kind.product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, x.dtype))
 
 
 def snr_db(reference: Tensor, value: Tensor) -> float:

@@ -129,9 +129,7 @@ def merge(weight: Tensor, name: str, loras: Sequence[tuple[LoraWeights, float]])
             )
         total = total + strength * delta.dense().to(total.device)
     if not torch.isfinite(total).all():
-        raise WeightsCorrupt(
-            f"{name} is not finite after merging {', '.join(lora.name for lora, _, _ in parts)}"
-        )
+        raise WeightsCorrupt(f"{name} is not finite after merging {', '.join(lora.name for lora, _, _ in parts)}")
     return total.to(weight.dtype)
 
 
@@ -145,9 +143,7 @@ def check_covered(loras: Sequence[LoraWeights], names: set[str]) -> None:
         missing = sorted(name for name in lora.deltas if name not in names)
         if missing:
             shown = "; ".join(f"{lora.keys[name]} -> {name}" for name in missing[:4])
-            raise WeightsCorrupt(
-                f"{lora.name}: {len(missing)} of {len(lora.deltas)} deltas have no parameter: {shown}"
-            )
+            raise WeightsCorrupt(f"{lora.name}: {len(missing)} of {len(lora.deltas)} deltas have no parameter: {shown}")
 
 
 def identify_expert(lora: LoraWeights, known: Mapping[str, Expert]) -> Expert:
@@ -225,9 +221,7 @@ def _deltas(file: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank
         keys.setdefault(found.parameter, key)
     if unmatched:
         shown = ", ".join(sorted(unmatched)[:4])
-        raise WeightsCorrupt(
-            f"{file}: {len(unmatched)} of {len(tensors)} keys have no place in the model: {shown}"
-        )
+        raise WeightsCorrupt(f"{file}: {len(unmatched)} of {len(tensors)} keys have no place in the model: {shown}")
     if not parts:
         raise WeightsCorrupt(f"{file} holds no tensors")
     return {name: _delta(file, name, mine) for name, mine in parts.items()}, keys
@@ -239,14 +233,10 @@ def _delta(file: str, name: str, parts: Mapping[str, Tensor]) -> LowRank | Full:
         (delta,) = parts.values()
         return Full(delta)
     if given not in ({"down", "up"}, {"down", "up", "alpha"}):
-        raise WeightsCorrupt(
-            f"{file}: the delta of {name} is {', '.join(sorted(given))}; it needs down and up"
-        )
+        raise WeightsCorrupt(f"{file}: the delta of {name} is {', '.join(sorted(given))}; it needs down and up")
     down, up = parts["down"], parts["up"]
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-        raise WeightsCorrupt(
-            f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, not two thin matrices"
-        )
+        raise WeightsCorrupt(f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, not two thin matrices")
     if "alpha" in parts and parts["alpha"].numel() != 1:
         raise WeightsCorrupt(f"{file}: alpha of {name} is not one number")
     scale = parts["alpha"].item() / down.shape[0] if "alpha" in parts else 1.0

@@ -18,9 +18,7 @@ Change = tuple[LoraWeights, float]
 """A LoRA and how much its strength differs from the baked one."""
 
 
-def strength_changes(
-    loras: Sequence[LoraWeights], asked: Sequence[float], baked: Sequence[float]
-) -> list[Change]:
+def strength_changes(loras: Sequence[LoraWeights], asked: Sequence[float], baked: Sequence[float]) -> list[Change]:
     """What one phase must add: a row for each LoRA whose strength is not the baked one."""
     rows = zip(loras, asked, baked, strict=True)
     return [(lora, want - have) for lora, want, have in rows if want != have]
@@ -66,15 +64,11 @@ class _Correction:
         self._dtype = dtype
         self._down = torch.cat([delta.down.to(dtype) for delta, _ in low]) if low else None  # (ranks, in)
         self._up = (
-            torch.cat(
-                [(strength * delta.scale * delta.up.float()).to(dtype) for delta, strength in low], dim=1
-            )
+            torch.cat([(strength * delta.scale * delta.up.float()).to(dtype) for delta, strength in low], dim=1)
             if low
             else None
         )  # (out, ranks)
-        self._whole = _sum(
-            [pair for pair in parts["weight"] if isinstance(pair[0], Full)], dtype
-        )  # (out, in)
+        self._whole = _sum([pair for pair in parts["weight"] if isinstance(pair[0], Full)], dtype)  # (out, in)
         self._bias = _sum(parts["bias"], dtype)  # (out,)
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -12,14 +12,10 @@ from schemas.errors import InvalidInput, Problem
 FIELD = "loras_multipliers"
 MAX_STRENGTH = 10.0  # published strengths lie within 0 to 2; beyond this the result is noise
 
-_DECIMAL = re.compile(
-    r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})"
-)  # float() would also take 1_0 and inf
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})")  # float() would also take 1_0 and inf
 
 
-def parse_multipliers(
-    value: str | Sequence[str | float], n_loras: int, phases: int
-) -> tuple[tuple[float, ...], ...]:
+def parse_multipliers(value: str | Sequence[str | float], n_loras: int, phases: int) -> tuple[tuple[float, ...], ...]:
     """Strengths as [LoRA][phase]. A single number holds for every phase.
 
     Raises:
@@ -39,17 +35,13 @@ def parse_multipliers(
 def _row(entry: str | float, field: str, phases: int, problems: list[Problem]) -> tuple[float, ...]:
     texts = entry.split(";") if isinstance(entry, str) else [entry]
     if len(texts) not in (1, phases):
-        problems.append(
-            Problem(field, f"{entry!r} has {len(texts)} phases; give 1 or {phases}, parted by ';'")
-        )
+        problems.append(Problem(field, f"{entry!r} has {len(texts)} phases; give 1 or {phases}, parted by ';'"))
         return ()
     row = []
     for text in texts:
         number = _number(text)
         if number is None:
-            problems.append(
-                Problem(field, f"{text!r} is not a number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
-            )
+            problems.append(Problem(field, f"{text!r} is not a number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"))
         else:
             row.append(number)
     return tuple(row * phases if len(texts) == 1 else row)

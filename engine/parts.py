@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.profile import Component, Profile
+from engine.lora import LoraWeights, load_lora
+from engine.profile import Component, Lora, Profile
 from engine.tensorfile import DTYPES, TensorFiles
 from schemas.errors import WeightsCorrupt
 
@@ -19,6 +20,23 @@ class FolderParts:
 
     profile: Profile
     folders: Mapping[str, Path]
+    loras: Path | None = None
+    """The folder with the profile's LoRA files, if the bake kept them."""
+
+    @property
+    def keeps_loras(self) -> bool:
+        """Whether `load_lora` finds anything."""
+        return self.loras is not None
+
+    def load_lora(self, lora: Lora) -> LoraWeights:
+        """Read one of the profile's LoRA files.
+
+        Raises:
+            KeyError: the bake kept none. WeightsCorrupt: the file is no LoRA.
+        """
+        if self.loras is None:
+            raise KeyError(f"no LoRA files are kept beside {self.profile.folder}")
+        return load_lora(self.loras / f"{self.profile.loras.index(lora)}.safetensors")
 
     def load(self, name: str, device: str = "cpu") -> Any:
         """Build the component `name`; see engine.weights.Parts."""

@@ -61,63 +61,117 @@ class Settings:
     """The environment as the worker uses it. Units are in the names; a field's metadata documents its variable."""
 
     weights_dir: Path | None = _setting(
-        "WORKER_WEIGHTS_DIR", _path, "a folder", None,
-        "Where the baked profiles are. Unset: the image's own weights, the RunPod cached model, the network volume.")
+        "WORKER_WEIGHTS_DIR",
+        _path,
+        "a folder",
+        None,
+        "Where the baked profiles are. Unset: the image's own weights, the RunPod cached model, the network volume.",
+    )
     output_dir: Path = _setting(
-        "WORKER_OUTPUT_DIR", _path, "a folder", ROOT / "output", "Where files go when no S3 settings are given.")
+        "WORKER_OUTPUT_DIR", _path, "a folder", ROOT / "output", "Where files go when no S3 settings are given."
+    )
     outbox_dir: Path = _setting(
-        "WORKER_OUTBOX_DIR", _path, "a folder", ROOT / "outbox",
-        "Where a finished file waits while the store is out; put it on a volume to survive the worker.")
+        "WORKER_OUTBOX_DIR",
+        _path,
+        "a folder",
+        ROOT / "outbox",
+        "Where a finished file waits while the store is out; put it on a volume to survive the worker.",
+    )
     vram_gib: float | None = _setting(
-        "WORKER_VRAM_GIB", _positive_float, "a number of GiB", None, "Use at most this much of the card's memory.")
+        "WORKER_VRAM_GIB", _positive_float, "a number of GiB", None, "Use at most this much of the card's memory."
+    )
     fetch_timeout_s: float = _setting(
-        "WORKER_FETCH_TIMEOUT_S", _positive_float, "seconds", 20.0,
-        "Wall-clock budget of one URL: name, connect, headers and body together.")
+        "WORKER_FETCH_TIMEOUT_S",
+        _positive_float,
+        "seconds",
+        20.0,
+        "Wall-clock budget of one URL: name, connect, headers and body together.",
+    )
     fetch_max_mib: float = _setting(
-        "WORKER_FETCH_MAX_MIB", _positive_float, "a number of MiB", 20.0, "Largest picture read from a URL or base64.")
+        "WORKER_FETCH_MAX_MIB", _positive_float, "a number of MiB", 20.0, "Largest picture read from a URL or base64."
+    )
     fetch_allow: tuple[str, ...] = _setting(
-        "WORKER_FETCH_ALLOW", _hosts, "host names or networks, separated by commas", (),
-        "Private hosts or networks that pictures and request-level S3 endpoints may be on.")
+        "WORKER_FETCH_ALLOW",
+        _hosts,
+        "host names or networks, separated by commas",
+        (),
+        "Private hosts or networks that pictures and request-level S3 endpoints may be on.",
+    )
     max_work: float | None = _setting(
-        "WORKER_MAX_WORK", _positive_float, "a number", None,
-        "Largest job: steps x frames x height x width. Unset: no bound beyond the fields' own.")
+        "WORKER_MAX_WORK",
+        _positive_float,
+        "a number",
+        None,
+        "Largest job: steps x frames x height x width. Unset: no bound beyond the fields' own.",
+    )
     deadline_s: float | None = _setting(
-        "WORKER_DEADLINE_S", _positive_float, "seconds", None,
-        "Soft time limit of a job, to answer before the platform's own limit ends it.")
+        "WORKER_DEADLINE_S",
+        _positive_float,
+        "seconds",
+        None,
+        "Soft time limit of a job, to answer before the platform's own limit ends it.",
+    )
     response_limit_bytes: int = _setting(
-        "WORKER_RESPONSE_LIMIT_BYTES", _positive_int, "a number of bytes", 9_500_000,
-        "Largest response. RunPod drops results over 10 MB (/run) or 20 MB (/runsync).")
+        "WORKER_RESPONSE_LIMIT_BYTES",
+        _positive_int,
+        "a number of bytes",
+        9_500_000,
+        "Largest response. RunPod drops results over 10 MB (/run) or 20 MB (/runsync).",
+    )
     compile: bool = _setting(
-        "WORKER_COMPILE", _switch, "1 or 0", True, "Compile the transformer blocks for the card (no effect on a CPU).")
+        "WORKER_COMPILE", _switch, "1 or 0", True, "Compile the transformer blocks for the card (no effect on a CPU)."
+    )
     precision: str | None = _setting(
-        "WORKER_PRECISION", str, "bf16, fp8 or int8", None,
-        "Weights of the transformers. Unset: what the bake left and the card runs best.")
+        "WORKER_PRECISION",
+        str,
+        "bf16, fp8 or int8",
+        None,
+        "Weights of the transformers. Unset: what the bake left and the card runs best.",
+    )
     attention: str | None = _setting(
-        "WORKER_ATTENTION", str, "a name from docs/performance.md", None,
-        "Attention kernel. Unset: the fastest that passes its self-test on this card.")
+        "WORKER_ATTENTION",
+        str,
+        "a name from docs/performance.md",
+        None,
+        "Attention kernel. Unset: the fastest that passes its self-test on this card.",
+    )
     cache_dir: Path | None = _setting(
-        "WORKER_CACHE_DIR", _path, "a folder", None, "Where compiled kernels are kept between workers.")
+        "WORKER_CACHE_DIR", _path, "a folder", None, "Where compiled kernels are kept between workers."
+    )
     bucket_endpoint_url: str | None = _setting(
-        "BUCKET_ENDPOINT_URL", str, "a URL", None, "S3 endpoint, with or without the bucket in it.")
-    bucket_access_key_id: Secret | None = _setting(
-        "BUCKET_ACCESS_KEY_ID", Secret, "a key id", None, "S3 access key.")
+        "BUCKET_ENDPOINT_URL", str, "a URL", None, "S3 endpoint, with or without the bucket in it."
+    )
+    bucket_access_key_id: Secret | None = _setting("BUCKET_ACCESS_KEY_ID", Secret, "a key id", None, "S3 access key.")
     bucket_secret_access_key: Secret | None = _setting(
-        "BUCKET_SECRET_ACCESS_KEY", Secret, "a key", None, "S3 secret key.")
+        "BUCKET_SECRET_ACCESS_KEY", Secret, "a key", None, "S3 secret key."
+    )
     bucket_name: str | None = _setting(
-        "BUCKET_NAME", str, "a bucket", None, "The bucket, when the endpoint does not hold it.")
+        "BUCKET_NAME", str, "a bucket", None, "The bucket, when the endpoint does not hold it."
+    )
     bucket_region: str | None = _setting(
-        "BUCKET_REGION", str, "a region", None, "Unset: read from the endpoint, else us-east-1 (R2: auto).")
+        "BUCKET_REGION", str, "a region", None, "Unset: read from the endpoint, else us-east-1 (R2: auto)."
+    )
     bucket_prefix: str = _setting("BUCKET_PREFIX", str, "a key prefix", "worker", "First part of every key.")
     bucket_url_expiry_s: int = _setting(
-        "BUCKET_URL_EXPIRY_S", _positive_int, "seconds, at most 604800", 86_400,
-        "Life of the returned URL. 7 days is SigV4's own limit.")
+        "BUCKET_URL_EXPIRY_S",
+        _positive_int,
+        "seconds, at most 604800",
+        86_400,
+        "Life of the returned URL. 7 days is SigV4's own limit.",
+    )
     bucket_retry_s: float = _setting(
-        "BUCKET_RETRY_S", _positive_float, "seconds", 180.0,
-        "How long a finished file is offered to a failing store before it stays in the outbox.")
+        "BUCKET_RETRY_S",
+        _positive_float,
+        "seconds",
+        180.0,
+        "How long a finished file is offered to a failing store before it stays in the outbox.",
+    )
     in_cloud: bool = _setting(
-        "RUNPOD_WEBHOOK_GET_JOB", bool, "set by RunPod", False, "Set by RunPod itself: this process takes jobs.")
+        "RUNPOD_WEBHOOK_GET_JOB", bool, "set by RunPod", False, "Set by RunPod itself: this process takes jobs."
+    )
     in_endpoint: bool = _setting(
-        "RUNPOD_ENDPOINT_ID", bool, "set by RunPod", False, "Set by RunPod itself: logs are JSON lines.")
+        "RUNPOD_ENDPOINT_ID", bool, "set by RunPod", False, "Set by RunPod itself: logs are JSON lines."
+    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "Settings":

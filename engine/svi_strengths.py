@@ -17,7 +17,11 @@ PHASES: tuple[Expert, ...] = ("high", "low")
 
 @runtime_checkable
 class KeepsLoras(Protocol):
-    """Parts that hold the LoRA files beside the weights that they were merged into."""
+    """Parts that may hold the LoRA files beside the weights that they were merged into."""
+
+    @property
+    def keeps_loras(self) -> bool:
+        """Whether they do: the bake is asked to."""
 
     def load_lora(self, lora: Lora) -> LoraWeights:
         """Read one of the profile's LoRA files."""
@@ -58,10 +62,8 @@ def with_strengths(
     baked = [[lora.strength * (lora.expert == expert) for expert in PHASES] for lora in profile.loras]
     if [list(row) for row in asked] == baked:
         return experts
-    if not isinstance(parts, KeepsLoras):
-        raise InvalidInput(
-            [Problem(FIELD, "must be left out: these weights were baked without the LoRA files beside them")]
-        )
+    if not isinstance(parts, KeepsLoras) or not parts.keeps_loras:
+        raise InvalidInput([Problem(FIELD, "must be left out: these weights were baked without --keep-loras")])
     loras = [parts.load_lora(lora) for lora in profile.loras]
     changes = {
         expert: strength_changes(loras, [row[i] for row in asked], [row[i] for row in baked])

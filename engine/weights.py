@@ -14,6 +14,7 @@ from schemas.errors import WeightsCorrupt, WeightsMissing
 
 log = logging.getLogger(__name__)
 
+LORAS = "loras"  # in the profile's folder, where the bake was asked to keep them
 FORMAT = 1  # of the manifest; a worker refuses what another version has baked
 TWIN_MIN_SIDE = 32  # pixels: the smallest side the twins' three downsamplings survive
 TWIN_AREA = 96 * 96  # pixels of a twin's default video: 81 frames in seconds on two cores
@@ -71,7 +72,8 @@ class Baked:
     def parts(self) -> Parts:
         from engine.parts import FolderParts
 
-        return FolderParts(self.profile, self.folders)
+        loras = self.place.path / self.profile.folder / LORAS
+        return FolderParts(self.profile, self.folders, loras if loras.is_dir() else None)
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the manifest. Seconds a GB; at start sizes are enough.

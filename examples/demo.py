@@ -22,11 +22,12 @@ def data_uri(path: Path) -> str:
 def main() -> int:
     job = {
         "input": {
-            "mode": "video",
+            "mode": "svi_endframe",
             "prompt": "clouds drift over the lake while the light turns to evening",
-            "image_url": data_uri(PICTURES / "start.jpg"),
-            "num_frames": 33,
-            "num_inference_steps": 6,
+            "image_start": data_uri(PICTURES / "start.jpg"),
+            "image_end": data_uri(PICTURES / "end.jpg"),
+            "resolution": "208x112",
+            "video_length": 41,
             "seed": 12345,
         }
     }

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from engine.card import Card
+from engine.namesake import import_diffusers
 from engine.outputs import Frames, Images
 from engine.profiles import Profile
 from engine.progress import Progress
@@ -42,6 +43,7 @@ class Backend(Protocol):
 
 def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
     """Import the profile's backend and build it from its parts, within the card's budget."""
+    import_diffusers()
     module, name = BACKENDS[profile.backend].split(":")
     backend: Backend = getattr(import_module(module), name)(profile, parts, card)
     return backend

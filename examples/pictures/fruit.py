@@ -9,11 +9,13 @@ from noise import layered
 Array = np.ndarray
 TABLE, WALL, FRUIT = 0, 1, 2  # what a ray met; fruit counts on from here
 WALL_AT = 62.0
+ROOM_SIZE = 500.0
 WINDOW_AT = -85.0
 PANES_Y, PANES_Z, BAR = (-70.0, -22.0, 26.0), (18.0, 70.0, 118.0), 2.5
 SUN = np.array([-0.80, -0.32, 0.46]) / np.linalg.norm([-0.80, -0.32, 0.46])
 SUNLIGHT, SKYLIGHT = np.array([30.0, 25.5, 19.0]), np.array([1.9, 2.3, 2.9])
 ROOM = np.array([0.16, 0.15, 0.14])  # light of a room that is not drawn
+ASKEW = np.array([[0.36, 0.48, -0.80], [-0.80, 0.60, 0.0], [0.48, 0.64, 0.60]])  # a turn that hides noise's grid
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _planes(origin: Array, direction: Array) -> tuple[Array, Array]:
     with np.errstate(divide="ignore"):
         table = np.where(direction[:, 2] < 0, -origin[:, 2] / direction[:, 2], np.inf)
         wall = np.where(direction[:, 1] > 0, (WALL_AT - origin[:, 1]) / direction[:, 1], np.inf)
-    return np.minimum(table, wall), np.where(table < wall, TABLE, WALL)
+    nearest = np.minimum(table, wall)
+    return np.where(nearest < ROOM_SIZE, nearest, np.inf), np.where(table < wall, TABLE, WALL)
 
 
 def _sphere(origin: Array, direction: Array) -> Array:
@@ -112,14 +115,14 @@ def _shadowed(origin: Array, direction: Array) -> Array:
 
 def _peel(at: Array, seed: int) -> Array:
     """Pores and a larger unevenness, as a tilt of the normal."""
-    pores = [_solid(at * 21, 400 + 9 * seed + i, 1) for i in range(3)]
+    pores = [_solid(at * 19, 400 + 9 * seed + i, 2) for i in range(3)]
     uneven = [_solid(at * 2.6, 470 + 9 * seed + i, 1) for i in range(3)]
-    return 1.3 * np.stack(pores, axis=1) + 0.8 * np.stack(uneven, axis=1)
+    return 1.1 * np.stack(pores, axis=1) + 0.5 * np.stack(uneven, axis=1)
 
 
 def _solid(at: Array, seed: int, octaves: int) -> Array:
     """Noise in space from three planes of it. Mean near 0."""
-    a, b, c = at.T
+    a, b, c = (at @ ASKEW).T
     return (layered(a, b, seed, octaves) + layered(b, c, seed + 31, octaves) + layered(c, a, seed + 62, octaves)) / 1.7
 
 
@@ -144,8 +147,8 @@ def _colour(hit: Hit) -> Array:
         at = fruit.local(hit.point[mine] - fruit.centre)
         ripe = _solid(at * 1.3, 700 + index, 5) + 0.35 * _solid(at * 24, 720 + index, 2)
         tint = np.array(fruit.colour) * (1 + ripe[:, None] * np.array([0.22, 0.55, 0.8]))
-        stem = np.clip(1 - np.hypot(at[:, 0] - 0.16, at[:, 1] + 0.30) / 0.13, 0, 1) * (at[:, 2] > 0)
-        colour[mine] = tint + (np.array([0.10, 0.075, 0.03]) - tint) * np.clip(2.2 * stem, 0, 1)[:, None]
+        stem = np.clip(1 - np.hypot(at[:, 0] - 0.16, at[:, 1] + 0.30) / 0.11, 0, 1) * (at[:, 2] > 0)
+        colour[mine] = tint + (np.array([0.13, 0.10, 0.03]) - tint) * np.clip(2.2 * stem, 0, 1)[:, None]
     return np.clip(colour, 0.003, 0.9)
 
 
@@ -162,17 +165,11 @@ def _wood(x: Array, y: Array) -> Array:
 
 def _direct(point: Array, normal: Array, generator: np.random.Generator) -> Array:
     """Light that arrives from sun and sky through the window, one random ray each: irradiance (n, 3)."""
-    start = point + normal * 0.01
-    sun = _unit(SUN + generator.normal(0, 0.008, point.shape))
-    facing = np.maximum((normal * sun).sum(1), 0)
-    reach = (WINDOW_AT - start[:, 0]) / sun[:, 0]
-    open_ = _is_open(start + sun * reach[:, None])
-    lit = (facing > 0) & open_
-    lit[lit] = ~_shadowed(start[lit], sun[lit])
-    light = SUNLIGHT * (facing * lit)[:, None]
-
+    sun, lit = _sun(point, normal, generator)
+    light = SUNLIGHT * ((normal * sun).sum(1) * lit)[:, None]
     low, high = np.array([PANES_Y[0], PANES_Z[0]]), np.array([PANES_Y[-1], PANES_Z[-1]])
     spot = np.concatenate([np.full((len(point), 1), WINDOW_AT), generator.uniform(low, high, (len(point), 2))], axis=1)
+    start = point + normal * 0.01
     toward = spot - start
     square = (toward**2).sum(1)
     toward /= np.sqrt(square)[:, None]
@@ -180,6 +177,16 @@ def _direct(point: Array, normal: Array, generator: np.random.Generator) -> Arra
     lit = (facing > 0) & _is_open(spot)
     lit[lit] = ~_shadowed(start[lit], toward[lit])
     return light + SKYLIGHT * (facing * lit)[:, None]
+
+
+def _sun(point: Array, normal: Array, generator: np.random.Generator) -> tuple[Array, Array]:
+    """A direction to somewhere on the sun, and whether it is seen from there, past bars and fruit."""
+    start = point + normal * 0.01
+    sun = _unit(SUN + generator.normal(0, 0.008, point.shape))
+    reach = (WINDOW_AT - start[:, 0]) / sun[:, 0]
+    lit = ((normal * sun).sum(1) > 0) & _is_open(start + sun * reach[:, None])
+    lit[lit] = ~_shadowed(start[lit], sun[lit])
+    return sun, lit
 
 
 def _is_open(spot: Array) -> Array:
@@ -218,9 +225,14 @@ def radiance(origin: Array, direction: Array, generator: np.random.Generator) ->
     facet = _unit(normal + gloss[:, None] * 0.6 * generator.normal(0, 1, normal.shape))
     cosine = np.clip(-(direction * facet).sum(1), 0, 1)
     mirrored = _unit(direction + 2 * cosine[:, None] * facet)
-    fresnel = (0.04 + 0.96 * (1 - cosine) ** 5) * (hit.what != WALL) / (1 + 3 * gloss)
-    shine = _plain(start, mirrored, generator)
-    return matt * (1 - fresnel)[:, None] + fresnel[:, None] * np.minimum(shine, 4)
+    coat = (hit.what != WALL) / (1 + 3 * gloss)
+    fresnel = (0.04 + 0.96 * (1 - cosine) ** 5) * coat
+    shine = np.minimum(_plain(start, mirrored, generator), 4)
+    light = matt * (1 - fresnel)[:, None] + fresnel[:, None] * shine
+    sun, lit = _sun(hit.point, normal, generator)
+    sharp = 2 / gloss**2
+    half = np.clip((_unit(sun - direction) * normal).sum(1), 0, 1) ** sharp * (sharp + 8) / (8 * np.pi)
+    return light + SUNLIGHT * (0.04 * coat * half * lit)[:, None]
 
 
 def _unit(vectors: Array) -> Array:

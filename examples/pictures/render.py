@@ -114,7 +114,7 @@ def main(names: list[str]) -> None:
     terrain = build() if {"start.jpg", "end.jpg"} & set(names) else None
     for name in names:
         if name == "portrait.jpg":
-            picture = photograph_fruit(960, 640, side=9)
+            picture = photograph_fruit(960, 640, side=8)
         elif terrain is not None and name in ("start.jpg", "end.jpg"):
             picture = photograph_lake(terrain, name == "end.jpg", 600, 1040, side=3)
         else:

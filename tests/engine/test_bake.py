@@ -264,3 +264,17 @@ def test_needed_folders_names_each_repository_once() -> None:
     assert folders["Wan-AI/Wan2.2-I2V-A14B-Diffusers"] == ["transformer", "transformer_2", "scheduler"]
     assert folders["vita-video-gen/svi-model"] == ["version-2.0"]
     assert len(folders) == 4
+
+
+def test_bake_keeps_the_lora_files_when_asked_and_lists_them(upstream: Path, tmp_path: Path) -> None:
+    manifest = json.loads(bake(SVI, FolderHub(upstream), tmp_path, twin=True, keep_loras=True).read_bytes())
+    paths = [line["path"] for line in manifest["files"]]
+    assert [path for path in paths if "/loras/" in path] == [f"wan22_i2v_svi/loras/{i}.safetensors" for i in range(4)]
+    parts = locate(SVI, Settings(weights_dir=tmp_path)).parts()
+    for lora in SVI.loras:
+        assert parts.load_lora(lora).sha256 == load_lora(upstream / lora.source.repo / lora.file).sha256
+
+
+def test_bake_keeps_no_lora_files_unless_asked(upstream: Path, tmp_path: Path) -> None:
+    bake(SVI, FolderHub(upstream), tmp_path, twin=True)
+    assert not locate(SVI, Settings(weights_dir=tmp_path)).parts().keeps_loras

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import linear8
-from engine.linear8 import Linear8, quantise, replace_linears, set_kind
+from engine.linear8 import Linear8, project, quantise, replace_linears, set_kind
 
 ALL_KINDS = ("fp8", "int8", "fp8-weights", "int8-weights")
 
@@ -72,6 +72,39 @@ def test_state_is_three_plain_tensors(kind):
 def test_forward_keeps_type_and_leading_axes(kind, dtype):
     out = Linear8.from_linear(make_linear(), kind)(torch.randn(2, 3, 512).to(dtype))
     assert (out.shape, out.dtype) == ((2, 3, 256), dtype)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_project_equals_the_layers_one_by_one(kind):
+    layers = [Linear8.from_linear(make_linear(), kind) for _ in range(3)]
+    inputs = torch.randn(2, 4, 512)
+    outs = project(inputs, layers)
+    assert all(torch.equal(out, layer(inputs)) for out, layer in zip(outs, layers, strict=True))
+
+
+def test_project_takes_plain_and_mixed_layers():
+    layers = [make_linear(), Linear8.from_linear(make_linear(), "fp8"), Linear8.from_linear(make_linear(), "int8")]
+    inputs = torch.randn(4, 512)
+    outs = project(inputs, layers)
+    assert all(torch.equal(out, layer(inputs)) for out, layer in zip(outs, layers, strict=True))
+
+
+def test_project_rounds_the_input_once_for_layers_of_one_kind(monkeypatch):
+    rounded = []
+    round_rows = linear8.round_rows
+    monkeypatch.setattr(linear8, "round_rows", lambda x, kind: rounded.append(1) or round_rows(x, kind))
+    layers = [Linear8.from_linear(make_linear(), "fp8") for _ in range(3)]
+    rounded.clear()
+    project(torch.randn(4, 512), layers)
+    assert len(rounded) == 1
+
+
+def test_project_passes_no_hook_by():
+    layers = [Linear8.from_linear(make_linear(), "fp8") for _ in range(2)]
+    inputs = torch.randn(4, 512)
+    expected = layers[1](inputs) + 1
+    layers[1].register_forward_hook(lambda _module, _inputs, out: out + 1)
+    assert torch.equal(project(inputs, layers)[1], expected)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -81,16 +81,16 @@ def test_self_test_prefers_what_passed():
 
 
 def test_product_snr_passes_a_right_kernel_and_catches_a_wrong_one():
-    def one_row_off(x, weight_q, weight_scale, bias):
-        return KINDS["int8"].multiply(x, weight_q, weight_scale.roll(1), bias)
+    def one_row_off(x_q, x_scale, weight_q, weight_scale, bias, dtype):
+        return KINDS["int8"].product(x_q, x_scale, weight_q, weight_scale.roll(1), bias, dtype)
 
-    def silent_nan(x, weight_q, weight_scale, bias):
-        return KINDS["int8"].multiply(x, weight_q, weight_scale, bias) * float("nan")
+    def silent_nan(*args):
+        return KINDS["int8"].product(*args) * float("nan")
 
     assert product_snr_db(KINDS["int8"], 64, 512, 256, "cpu") > MIN_SNR_DB
     assert product_snr_db(KINDS["fp8"], 64, 512, 256, "cpu") > MIN_SNR_DB
-    assert product_snr_db(replace(KINDS["int8"], multiply=one_row_off), 64, 512, 256, "cpu") < MIN_SNR_DB
-    assert product_snr_db(replace(KINDS["int8"], multiply=silent_nan), 64, 512, 256, "cpu") == float("-inf")
+    assert product_snr_db(replace(KINDS["int8"], product=one_row_off), 64, 512, 256, "cpu") < MIN_SNR_DB
+    assert product_snr_db(replace(KINDS["int8"], product=silent_nan), 64, 512, 256, "cpu") == float("-inf")
 
 
 def test_kernel_calls_counts_what_ran_and_sees_a_silent_detour():

@@ -117,14 +117,10 @@ def test_load_lora_agrees_with_the_converter_of_diffusers_on_the_keys_it_knows(t
     from safetensors.torch import load_file
 
     theirs = _convert_non_diffusers_wan_lora_to_diffusers(load_file(path))
-    modules = [
-        key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in theirs if "lora_A" in key
-    ]
+    modules = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in theirs if "lora_A" in key]
     assert sorted(f"{module}.weight" for module in modules) == sorted(ours)
     for module in modules:
-        product = (
-            theirs[f"transformer.{module}.lora_B.weight"] @ theirs[f"transformer.{module}.lora_A.weight"]
-        )
+        product = theirs[f"transformer.{module}.lora_B.weight"] @ theirs[f"transformer.{module}.lora_A.weight"]
         # fp32: the converter scales `down` before the product, we scale after it
         torch.testing.assert_close(ours[f"{module}.weight"], product, rtol=1e-5, atol=1e-6)
 
@@ -132,9 +128,7 @@ def test_load_lora_agrees_with_the_converter_of_diffusers_on_the_keys_it_knows(t
 def test_load_lora_scales_by_alpha_over_rank(tmp_path):
     pairs = {"blocks.0.self_attn.q": (torch.ones(4, 2), torch.ones(3, 4))}
     lora = load_lora(written(tmp_path / "high.safetensors", "lightx2v", pairs, alpha=1.0))
-    assert (
-        lora.deltas["blocks.0.attn1.to_q.weight"].dense().tolist() == [[1.0, 1.0]] * 3
-    )  # 4 ranks of 1, times 1/4
+    assert lora.deltas["blocks.0.attn1.to_q.weight"].dense().tolist() == [[1.0, 1.0]] * 3  # 4 ranks of 1, times 1/4
 
 
 def test_load_lora_keeps_whole_deltas(tmp_path):
@@ -248,9 +242,7 @@ def test_merge_gives_each_expert_its_own_sum(tmp_path):
     for expert, strength, seed in (("high", 1.2, 10), ("low", 1.0, 20)):
         svi_pairs, light_pairs = factors(seed), factors(seed + 1)
         svi = load_lora(written(tmp_path / f"svi_{expert}.safetensors", "official", svi_pairs))
-        light = load_lora(
-            written(tmp_path / f"light_{expert}.safetensors", "lightx2v", light_pairs, alpha=8.0)
-        )
+        light = load_lora(written(tmp_path / f"light_{expert}.safetensors", "lightx2v", light_pairs, alpha=8.0))
         for name, weight in tiny_transformer().state_dict().items():
             merged = merge(weight, name, [(svi, 1.0), (light, strength)])
             source = next((m for m in svi_pairs if name == _diffusers_name(m)), None)
@@ -274,9 +266,7 @@ def test_merge_sums_in_fp32_and_casts_once(tmp_path):
     lora = load_lora(written(tmp_path / "high.safetensors", "official", pair))
     weight = torch.ones(2, 2, dtype=torch.bfloat16)
     merged = merge(weight, "blocks.0.attn1.to_q.weight", [(lora, 1.0), (lora, 1.0)])
-    one_by_one = (
-        weight + torch.tensor(3 / 1024, dtype=torch.bfloat16) + torch.tensor(3 / 1024, dtype=torch.bfloat16)
-    )
+    one_by_one = weight + torch.tensor(3 / 1024, dtype=torch.bfloat16) + torch.tensor(3 / 1024, dtype=torch.bfloat16)
     assert merged.dtype == torch.bfloat16
     assert merged.tolist() == [[1.0078125, 1.0078125]] * 2
     assert one_by_one.tolist() == [[1.0, 1.0]] * 2
@@ -365,9 +355,7 @@ def test_check_expert_detects_swapped_rows_by_name(tmp_path):
     low = load_lora(written(tmp_path / "a_low_noise.safetensors", "official", factors(1)))
     with pytest.raises(WeightsCorrupt) as caught:
         check_expert(low, "high", {})
-    assert (
-        caught.value.sentence == "a_low_noise.safetensors is for the low-noise expert, not the high-noise one"
-    )
+    assert caught.value.sentence == "a_low_noise.safetensors is for the low-noise expert, not the high-noise one"
 
 
 def test_check_expert_hears_the_metadata(tmp_path):

@@ -64,7 +64,9 @@ def test_vae_twin_gives_back_the_colours_it_was_given(twins: Path) -> None:
 
 def test_vae_twin_writes_latents_of_the_published_statistics(twins: Path) -> None:
     vae = parts_of("wan22_i2v_svi", twins).load("vae")
-    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     with torch.inference_mode():
         white = (vae.encode(torch.ones(1, 3, 1, 32, 32)).latent_dist.mode() - mean) / std
     assert white[:, :15].abs().mean().item() == pytest.approx(1.5, abs=0.15)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from engine import profiles, weights
 from engine.backends import Task
-from engine.card import Card
 from engine.backends.sdxl import SCHEDULERS, Sdxl
+from engine.card import Card
 from engine.progress import Progress, Update
 from engine.settings import Settings
 from schemas.errors import Cancelled

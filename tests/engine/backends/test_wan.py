@@ -8,8 +8,8 @@ import torch
 
 from engine import profiles, weights
 from engine.backends import Task
-from engine.card import Card
 from engine.backends.wan import Wan
+from engine.card import Card
 from engine.outputs import Frames
 from engine.pictures import fit_picture
 from engine.progress import Progress, Update

@@ -9,8 +9,8 @@ import torch
 from diffusers import WanImageToVideoPipeline
 
 from engine.backends import Task
-from engine.card import Card
 from engine.backends.wan_svi import WanSvi
+from engine.card import Card
 from engine.experts import RollingExperts
 from engine.frames import to_uint8
 from engine.lora import LoraWeights, LowRank, merge
@@ -448,6 +448,7 @@ class PartsWithLoras(TinyParts):
     """Parts whose bake merged the LoRAs at some strengths and kept the files: one module of a block each."""
 
     NAME = "blocks.0.ffn.net.2.weight"
+    keeps_loras = True
 
     def __init__(self, strengths: dict[str, float]) -> None:
         super().__init__()
