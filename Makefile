@@ -27,8 +27,13 @@ $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.js
 demo: $(TWINS)
 	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
 
+# Two at a time, then by themselves those that own the process's output or measure its end.
+ALONE := tests/apps tests/engine/test_log.py
+FAST := -m "not soak and not gpu"
+
 test: $(TWINS)
-	$(BIN)/python -m pytest -m "not soak and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -n 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
+	$(BIN)/python -m pytest $(FAST) $(ALONE)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -46,7 +51,7 @@ image: test check
 	docker build --platform linux/amd64 --build-arg PROFILES=$(or $(PROFILES),sdxl) -t worker:latest .
 
 coverage: $(TWINS)
-	$(BIN)/python -m pytest -m "not soak and not gpu" --cov --cov-report=term-missing
+	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term-missing
 
 clean:
 	rm -rf $(VENV) weights/tiny output outbox build

@@ -3,7 +3,7 @@
     python examples/pictures/render.py [start.jpg end.jpg portrait.jpg]
 
 Everything is computed, so the pictures are free to use. They stand for photographs: many scales of detail,
-soft light, a lens and film grain. Same numbers, same pictures; a few minutes on two cores.
+soft light, a lens and film grain. Same numbers, same pictures; about ten minutes on one core.
 """
 
 import sys
