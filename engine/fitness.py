@@ -1,6 +1,7 @@
 """What must hold before a worker takes its first job. Each check raises with one sentence, or says nothing."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from engine import profiles, weights
@@ -22,24 +23,28 @@ def check_weights(settings: Settings) -> None:
     Raises:
         WeightsMissing: none is baked. WeightsCorrupt: one is incomplete.
     """
-    found = 0
+    if not _located(settings):
+        weights.locate(profiles.PROFILES[profiles.BAKES[0]], settings)
+
+
+def _located(settings: Settings) -> list[weights.Baked]:
+    found = []
     for name in profiles.BAKES:
-        try:
-            weights.locate(profiles.PROFILES[name], settings)
-        except WeightsMissing as error:
-            missing = error
-        else:
-            found += 1
-    if not found:
-        raise missing
+        with suppress(WeightsMissing):
+            found.append(weights.locate(profiles.PROFILES[name], settings))
+    return found
 
 
 def check_card(settings: Settings) -> None:
     """A card is there and has the memory that the profiles were planned for; WORKER_VRAM_GIB overrides the size.
 
+    Tiny twins need no card: they are how a machine without one runs the whole worker.
+
     Raises:
         CardUnfit: no card, or too small a one.
     """
+    if all(baked.profile.is_twin for baked in _located(settings)):
+        return
     import torch
 
     if not torch.cuda.is_available():

@@ -97,13 +97,6 @@ class Settings:
         (),
         "Private hosts or networks that pictures and request-level S3 endpoints may be on.",
     )
-    max_work: float | None = _setting(
-        "WORKER_MAX_WORK",
-        _positive_float,
-        "a number",
-        None,
-        "Largest job: steps x frames x height x width. Unset: no bound beyond the fields' own.",
-    )
     deadline_s: float | None = _setting(
         "WORKER_DEADLINE_S",
         _positive_float,

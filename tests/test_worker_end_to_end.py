@@ -1,0 +1,164 @@
+"""The whole worker as RunPod runs it: handler.py in a process of its own, the SDK's loop, a job server, tiny twins."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.settings import ROOT
+from tests.conftest import data_uri, decode_video, photo
+from tests.schemas.test_bad_input import BAD_FIELDS, LEAST
+from tests.servers.runpod_server import RunPodServer
+from tests.servers.worker_process import start_worker
+
+IMAGE = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 2, "refiner_inference_steps": 4}
+VIDEO = {"mode": "video", "prompt": "a fox", "image_url": data_uri(photo()), "num_frames": 9, "num_inference_steps": 2}
+SVI = {
+    "mode": "svi_endframe",
+    "prompt": "a fox",
+    "image_start": data_uri(photo()),
+    "image_end": data_uri(photo(seed=1)),
+    "video_length": 9,
+}
+LONG = {**VIDEO, "num_frames": 81, "num_inference_steps": 500}
+FIRST_JOB_S = 90.0  # imports torch and diffusers; the rest is fast
+
+
+def environment(twins: Path) -> dict[str, str]:
+    # No bucket is set, so that files come back inline: a worker in the cloud has no disk that a caller could read.
+    return {"WORKER_WEIGHTS_DIR": str(twins), "RUNPOD_INIT_TIMEOUT": "600", "RUNPOD_SKIP_GPU_CHECK": "true"}
+
+
+def test_every_mode_comes_out_of_runpods_own_loop(twins: Path, tmp_path: Path) -> None:
+    with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, environment(twins)) as worker:
+        for name, payload in {"image": IMAGE, "video": VIDEO, "svi": SVI, "bad": {"prompt": 3}}.items():
+            server.queue(name, payload)
+        image = server.result("image", FIRST_JOB_S)["output"]
+        assert image["images"][0].startswith("data:image/png;base64,")
+        for name in ("video", "svi"):
+            output = server.result(name, FIRST_JOB_S)["output"]
+            assert frames_inline(output["video_url"], tmp_path) == (9, output["height"], output["width"], 3)
+        bad = server.result("bad", FIRST_JOB_S)
+        assert bad["error"].startswith("invalid_input: prompt: must be a string")
+        updates = [event.body["output"] for event in server.of("progress", "video")]
+        assert [update["percent"] for update in updates] == sorted(update["percent"] for update in updates)
+        assert set(updates[0]) == {"stage", "step", "total", "percent", "eta_s"}
+        worker.terminate()
+        assert worker.wait() == 0
+
+
+def test_cancelled_video_stops_within_a_step_and_the_next_job_runs(twins: Path, tmp_path: Path) -> None:
+    with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, environment(twins)):
+        server.queue("warm", VIDEO)
+        server.result("warm", FIRST_JOB_S)
+        server.queue("long", LONG)
+        server.wait_for("progress", "long", timeout_s=30.0)
+        server.stop("long")
+        stopped = time.monotonic()
+        server.queue("next", VIDEO)
+        server.result("next", 60.0)
+        assert server.of("result", "long") == []
+        assert time.monotonic() - stopped < 60  # 500 steps would take minutes
+
+
+@pytest.fixture(scope="module")
+def api(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("api")
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "WORKER_WEIGHTS_DIR": str(twins)}
+    variables["WORKER_OUTPUT_DIR"] = str(folder / "output")
+    command = [sys.executable, ROOT / "handler.py", "--rp_serve_api", "--rp_api_port", str(port)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def runsync(port: int, payload: object) -> dict[str, Any]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=FIRST_JOB_S)
+    try:
+        body = json.dumps({"input": payload})
+        connection.request("POST", "/runsync", body, {"Content-Type": "application/json"})
+        answer: dict[str, Any] = json.loads(connection.getresponse().read(), parse_constant=pytest.fail)
+        return answer
+    finally:
+        connection.close()
+
+
+def test_local_api_answers_both_modes(api: int) -> None:
+    assert runsync(api, IMAGE)["output"]["image_url"].startswith("data:image/png")
+    video = runsync(api, VIDEO)["output"]
+    assert decode_video(video["video_url"]).shape[0] == 9
+
+
+def test_local_api_answers_every_bad_input_with_json(api: int) -> None:
+    rows = [row for row in BAD_FIELDS if isinstance(row[1], str) and is_json(row[2])]
+    assert len(rows) >= 40
+    for mode, field, value, _sentence in rows:
+        answer = runsync(api, {**LEAST[mode], field: value})
+        assert answer["error"].startswith("invalid_input: "), (mode, field)
+        assert "Traceback" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["test_input.json"], ['{"input": {"prompt": "a fox", "height": 64, "width": 64}}']]
+)
+def test_test_input_runs_from_any_directory(twins: Path, tmp_path: Path, given: list[str]) -> None:
+    arguments = [str(ROOT / name) if name.endswith(".json") else name for name in given]
+    done = subprocess.run(
+        [sys.executable, ROOT / "handler.py", "--test_input", *arguments],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WORKER_WEIGHTS_DIR": "weights/tiny"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    response = json.loads(done.stdout.splitlines()[-1])
+    assert {"images", "image_url", "seed"} <= set(response)
+
+
+def test_bad_test_input_exits_1_with_a_sentence_for_each_problem_and_no_traceback(twins: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "handler.py", "--test_input", '{"input": {"prompt": 3, "hieght": 64}}'],
+        env={"PATH": "/usr/bin:/bin", "WORKER_WEIGHTS_DIR": str(twins)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "hieght: is not a field of mode image; did you mean height?" in done.stderr
+    assert "prompt: must be a string" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def frames_inline(url: str, folder: Path) -> tuple[int, ...]:
+    import base64
+
+    head, _, body = url.partition(",")
+    assert head == "data:video/mp4;base64"
+    (folder / "inline.mp4").write_bytes(base64.b64decode(body))
+    return decode_video(folder / "inline.mp4").shape
+
+
+def is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
