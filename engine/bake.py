@@ -42,6 +42,9 @@ def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_lor
     with _alone(root):
         _refuse_mixture(root, twin)
         records = {part.name: _component(part, profile, hub, root, twin) for part in profile.components}
+        hashes = [digest for record in records.values() for digest in record["loras_sha256"]]
+        if len(set(hashes)) < len(hashes):
+            raise BakeFailed(f"two LoRAs of {profile.name} are the same file: one expert's stands in for the other's")
         kept = _keep_loras(profile, hub, root) if keep_loras else []
         path = root / profile.folder / "manifest.json"
         _write_json(path, _manifest(profile, records, kept, twin))

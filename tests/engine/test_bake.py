@@ -278,3 +278,13 @@ def test_bake_keeps_the_lora_files_when_asked_and_lists_them(upstream: Path, tmp
 def test_bake_keeps_no_lora_files_unless_asked(upstream: Path, tmp_path: Path) -> None:
     bake(SVI, FolderHub(upstream), tmp_path, twin=True)
     assert not locate(SVI, Settings(weights_dir=tmp_path)).parts().keeps_loras
+
+
+def test_bake_refuses_one_file_as_the_lora_of_both_experts(upstream: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "upstream"
+    shutil.copytree(upstream, copy)
+    high, low = (copy / lora.source.repo / lora.file for lora in SVI.loras[:2])
+    save_file(load_file(high), high)  # without the line that says which expert it is for, as the real files are
+    shutil.copy(high, low)
+    with pytest.raises(BakeFailed, match="the same file"):
+        bake(SVI, FolderHub(copy), tmp_path / "weights", twin=True)

@@ -5,6 +5,7 @@ import resource
 import zlib
 
 import pytest
+from PIL import Image
 
 from engine import decode_child
 from engine.pictures import decode_picture
@@ -13,6 +14,12 @@ from tests import zoo
 from tests.zoo import PNG_MAGIC, chunk, ihdr, photo, save
 
 SENTENCES = {None, zoo.NOT_A_PICTURE, zoo.TOO_LARGE, zoo.TOO_SMALL, zoo.TOO_MANY_SCANS, zoo.DAMAGED, zoo.MEMORY}
+
+
+@pytest.fixture(autouse=True)
+def pixel_limit_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child sets Pillow's limit for its own short life; here it would stay for the tests after this file."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 def verdict(data: bytes) -> str | None:
