@@ -1,6 +1,5 @@
 """Where a finished file goes: an S3 bucket, the machine's own disk, or the response itself."""
 
-import json
 import logging
 import os
 import shutil
@@ -59,17 +58,6 @@ def sweep(settings: Settings, *, pause: Callable[[float], None] = time.sleep) ->
         upload(connect(bucket), entry.file, entry.key, Patience.lasting(SWEEP_S, pause))
 
     return outbox.sweep(settings.outbox_dir, deliver)
-
-
-def check_response(response: dict[str, Any], limit_bytes: int) -> None:
-    """Refuse a response that the platform would drop without a word.
-
-    Raises:
-        OutputTooLarge: its JSON is over the limit.
-    """
-    size_bytes = len(json.dumps(response, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    if size_bytes > limit_bytes:
-        raise _too_large("the response", size_bytes, limit_bytes)
 
 
 @dataclass(frozen=True)

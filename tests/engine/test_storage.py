@@ -2,7 +2,6 @@
 
 import base64
 import errno
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from engine.s3_store import GuestStore, S3Store
 from engine.settings import Secret, Settings
-from engine.storage import InlineStore, LocalStore, check_response, open_store, sweep
+from engine.storage import InlineStore, LocalStore, open_store, sweep
 from schemas.errors import DeliveryFailed, InvalidInput, OutputTooLarge, SettingsError
 from tests.servers.buckets import media_file
 
@@ -169,14 +168,6 @@ def test_inline_names_the_way_out_when_the_file_is_too_large(tmp_path: Path) -> 
         "the video.mp4 as base64 is 16.0 MB, over the 9.5 MB that a response may have; to have it in S3, set"
         " BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY, or send s3Config"
     )
-
-
-def test_check_response_measures_the_json_that_is_sent() -> None:
-    response = {"prompt": "ü" * 10}
-    assert len(json.dumps(response, ensure_ascii=False).encode()) == 34
-    check_response(response, 34)
-    with pytest.raises(OutputTooLarge, match="BUCKET_ENDPOINT_URL"):
-        check_response(response, 33)
 
 
 def test_sweep_does_nothing_without_a_bucket(settings: Settings) -> None:
