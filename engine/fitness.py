@@ -43,7 +43,8 @@ def check_card(settings: Settings) -> None:
     Raises:
         CardUnfit: no card, or too small a one.
     """
-    if all(baked.profile.is_twin for baked in _located(settings)):
+    located = _located(settings)
+    if located and all(baked.profile.is_twin for baked in located):
         return
     import torch
 

@@ -77,7 +77,7 @@ def task_of(payload: dict[str, Any]) -> Task:
 def run(models: ModelHandler, payload: dict[str, Any], folder: Path, progress: Progress | None = None) -> Any:
     task = task_of(payload)
     parts = weights.locate(task.profile, Settings(weights_dir=folder)).parts() if folder.name == "tiny" else None
-    return models.generate(task, parts, _work(folder), progress or Progress())  # type: ignore[arg-type]
+    return models.generate(task, parts, _work(folder), progress or Progress())
 
 
 def _work(folder: Path) -> Path:
@@ -124,7 +124,7 @@ def test_failed_job_leaves_its_profile_loaded_and_the_next_job_works(tmp_path: P
     models = ModelHandler(Settings(), stage)
     with pytest.raises(BadOutput):
         run(models, IMAGE, tmp_path)
-    stage.loaded[0]()._act = picture_of  # type: ignore[union-attr]
+    stage.loaded[0]()._act = picture_of
     assert run(models, IMAGE, tmp_path).files
     assert models.loads == 1
 
@@ -149,7 +149,7 @@ def test_out_of_memory_is_tried_once_more_with_the_card_to_itself(tmp_path: Path
 
 def test_out_of_memory_twice_is_answered_and_the_next_job_works(tmp_path: Path) -> None:
     def full(task: Task, _progress: Progress) -> Images | Frames:
-        if task.request.num_images > 1:  # type: ignore[attr-defined]
+        if task.request.num_images > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return picture_of(task, _progress)
 
@@ -229,7 +229,7 @@ def test_cancelled_job_frees_the_card_for_the_next(tmp_path: Path) -> None:
 def test_image_video_image_on_real_twins_gives_the_firsts_memory_back(twins: Path) -> None:
     models = ModelHandler(Settings(weights_dir=twins, vram_gib=44.5))
     first = run(models, IMAGE, twins)
-    unet = weakref.ref(models._loaded["sdxl"][1]._parts["unet"])  # type: ignore[attr-defined]
+    unet = weakref.ref(models._loaded["sdxl"][1]._parts["unet"])
     run(models, VIDEO, twins)
     gc.collect()
     assert unet() is None

@@ -126,9 +126,9 @@ def test_component_is_refused_when_the_row_has_none() -> None:
 
 def test_rows_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        SVI_3_3.layout = "flf"  # type: ignore[misc]
+        SVI_3_3.layout = "flf"
     with pytest.raises(TypeError):
-        SVI_3_3.settings["svi2pro"] = False  # type: ignore[index]
+        SVI_3_3.settings["svi2pro"] = False
 
 
 def test_profiles_and_weights_import_without_torch() -> None:

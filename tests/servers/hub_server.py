@@ -124,7 +124,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             data = (hub.root / repo / name).read_bytes()
             if key in hub.faults.wrong_bytes:
                 data = bytes(byte ^ 0xFF for byte in data)
-            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])  # type: ignore[index]
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
             body = data[start:]
             self.send_response(206 if start else 200)
             if start:
