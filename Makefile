@@ -27,8 +27,9 @@ $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.js
 demo: $(TWINS)
 	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
 
-# Two at a time, then by themselves those that own the process's output or measure its end.
-ALONE := tests/apps tests/engine/test_log.py
+# Two at a time, then by themselves those that own the process's output or measure its end. The log first: a library that is
+# imported later would set up its own.
+ALONE := tests/engine/test_log.py tests/apps
 FAST := -m "not soak and not gpu"
 
 test: $(TWINS)
