@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TWINS := weights/tiny/.ready
 
-.PHONY: setup twins demo test check docs soak image coverage clean
+.PHONY: setup twins demo test check docs soak image release coverage clean lock audit sbom
 
 setup: $(READY)
 
@@ -17,8 +17,8 @@ $(READY): builder/requirements.txt builder/requirements-dev.txt
 
 twins: $(TWINS)
 
-BAKES := $(addprefix engine/,$(addsuffix .py,bake convert lora lora_keys parts profile profiles profiles_sdxl profiles_wan \
-         published tensorfile twin_tokenizers twin_weights twins weights))
+BAKES := $(addprefix engine/,$(addsuffix .py,bake convert eight_bits linear8 lora lora_keys parts profile profiles \
+         profiles_sdxl profiles_wan published tensorfile twin_tokenizers twin_weights twins weights))
 
 $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.json)
 	$(BIN)/python download_weights.py --tiny --output weights/tiny
@@ -50,6 +50,42 @@ soak: $(TWINS)
 
 image: test check
 	docker build --platform linux/amd64 --build-arg PROFILES=$(or $(PROFILES),sdxl) -t worker:latest .
+
+# What others are to run must not float: the base image is named by its digest (docker buildx imagetools inspect
+# prints it), and every repository of weights is in the lock file.
+release: pinned test check
+	docker build --platform linux/amd64 --build-arg BASE=$(BASE) --build-arg PROFILES=$(or $(PROFILES),sdxl) \
+	  --build-arg BAKE=--require-lock -t worker:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+
+.PHONY: pinned
+pinned:
+	@echo '$(BASE)' | grep -Eq '@sha256:[0-9a-f]{64}$$' || \
+	  { echo 'release: name the base image by digest: make release BASE=NAME:TAG@sha256:...' >&2; exit 1; }
+	@test -f builder/weights.lock.json || \
+	  { echo 'release: no builder/weights.lock.json; python download_weights.py --lock writes it' >&2; exit 1; }
+
+# Online, from pip's and uv's own default index; metadata only, nothing of it is installed. What is locked already stays
+# as it is: NEWER=--upgrade takes the newest that the requirements allow.
+LOCKED := builder/requirements.lock
+TOOLS := build/tools
+
+$(TOOLS)/.ready: builder/requirements-tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -r builder/requirements-tools.txt
+	touch $@
+
+lock: $(TOOLS)/.ready
+	$(TOOLS)/bin/uv pip compile builder/requirements.txt --output-file $(LOCKED) --generate-hashes --quiet $(NEWER) \
+	  --only-binary :all: --python-platform x86_64-manylinux_2_28 --python-version 3.11 --custom-compile-command 'make lock'
+	$(BIN)/python builder/list_licences.py
+
+# Online: the index's advisories on every locked package. --strict: a package that could not be asked about fails too.
+audit: $(TOOLS)/.ready
+	$(TOOLS)/bin/pip-audit --strict --requirement $(LOCKED) --require-hashes --disable-pip --progress-spinner off
+
+# Of the environment it runs in. The image makes its own: /worker/sbom.cdx.json.
+sbom: $(READY)
+	$(BIN)/python builder/write_sbom.py --weights $(or $(WEIGHTS),weights/baked) --output build/sbom.cdx.json
 
 coverage: $(TWINS)
 	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term-missing

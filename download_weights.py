@@ -1,6 +1,7 @@
 """Bake weights: fetch, convert, merge LoRAs, write with a manifest. The worker itself never downloads.
 
 python download_weights.py --profiles sdxl,wan21_i2v_480p     into weights/baked
+python download_weights.py --profiles wan22_i2v_svi --precision fp8   half the size, beside a bf16 bake if there is one
 python download_weights.py --tiny --output weights/tiny        tiny twins, offline, in seconds
 python download_weights.py --verify                            compare every sha256
 python download_weights.py --dry-run                           bytes against the budget
@@ -15,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.hub import BakeFailed, HuggingFaceHub, Lock, look_up
-from engine.profile import Profile
+from engine.profile import PRECISIONS, Profile
 from engine.profiles import BAKES, BUDGET_BYTES, PROFILES
 from engine.settings import ROOT, Settings
-from engine.weights import IMAGE, locate
-from schemas.errors import WorkerError
+from engine.weights import IMAGE, find
+from schemas.errors import WeightsMissing, WorkerError
 
 LOCK = ROOT / "builder" / "weights.lock.json"
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    profiles = options.profiles
+    profiles = [profile.baked_in(options.precision) for profile in options.profiles]
     try:
         if options.dry_run:
             return dry_run(profiles)
@@ -71,11 +72,17 @@ def tiny(profiles: Sequence[Profile], output: Path) -> int:
 
 
 def verify(profiles: Sequence[Profile], output: Path) -> int:
-    """Compare every file of the profiles with their manifests."""
+    """Compare every file of these bakes with their manifests.
+
+    Raises:
+        WeightsMissing: one is not baked, or not in this precision. WeightsCorrupt: a file differs.
+    """
     for profile in profiles:
-        baked = locate(profile, Settings(weights_dir=output))
+        baked = find([profile], Settings(weights_dir=output))
+        if baked is None:
+            raise WeightsMissing(f"the weights of {profile.folder} are not there; bake them first")
         baked.verify()
-        print(f"{baked.profile.name}: {len(baked.files)} files are whole")
+        print(f"{baked.profile.name}, {baked.profile.precision}: {len(baked.files)} files are whole")
     return 0
 
 
@@ -92,7 +99,7 @@ def dry_run(profiles: Sequence[Profile]) -> int:
     """Print the bytes of each profile and of all together, shared components once; 1 if over the budget."""
     folders = {part.folder: part.size_bytes for profile in profiles for part in profile.components}
     for profile in profiles:
-        print(f"{profile.name:24}{profile.size_bytes / 1e9:8.1f} GB")
+        print(f"{profile.folder:24}{profile.size_bytes / 1e9:8.1f} GB, {profile.precision}")
     total = sum(folders.values())
     fits = total <= BUDGET_BYTES
     verdict = "within" if fits else "OVER"
@@ -112,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--profiles", type=_profiles, default=",".join(BAKES), help="names with commas between; default: all")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of the video models; SDXL is fp16 in each")
     add("--output", type=Path, default=IMAGE.path, help="the weights folder; default: weights/baked")
     add("--lock-file", type=Path, default=LOCK, help="default: builder/weights.lock.json")
     add("--require-lock", action="store_true", help="refuse repositories that the lock file does not name")

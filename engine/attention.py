@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.linear8 import project
+from engine.linear8 import Rounded, project
 from schemas.errors import SettingsError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -183,7 +183,7 @@ class WanProcessor:
     def __call__(
         self,
         attn: Any,
-        hidden_states: Tensor,
+        hidden_states: Tensor | Rounded,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
@@ -195,14 +195,13 @@ class WanProcessor:
         """
         if attention_mask is not None:
             raise ValueError("Wan attention takes no mask")
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        image, text = None, context
-        if attn.add_k_proj is not None:
-            image, text = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        if encoder_hidden_states is None:
+        image, text = None, encoder_hidden_states
+        if text is not None and attn.add_k_proj is not None:
+            image, text = text[:, :-TEXT_TOKENS], text[:, -TEXT_TOKENS:]
+        if text is None:
             query, key, value = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
         else:
-            query, (key, value) = attn.to_q(hidden_states), project(text, (attn.to_k, attn.to_v))
+            query, (key, value) = _query(attn.to_q, hidden_states), project(text, (attn.to_k, attn.to_v))
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
@@ -215,6 +214,13 @@ class WanProcessor:
             out = out + self._attend(query, image_key, image_value).flatten(2, 3).type_as(query)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out))
         return projected
+
+
+def _query(layer: nn.Module, hidden_states: Tensor | Rounded) -> Tensor:
+    if isinstance(hidden_states, Rounded):
+        return project(hidden_states, (layer,))[0]
+    query: Tensor = layer(hidden_states)
+    return query
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

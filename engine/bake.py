@@ -1,6 +1,6 @@
 """The bake: published files in, one safetensors file a component out, and a manifest that proves every byte.
 
-fetch -> convert and merge LoRAs -> rename into place, a component at a time; the profile's manifest last
+fetch -> merge LoRAs in fp32, then cast or round -> rename into place, a component at a time; the manifest last
 
 A component appears under its final name whole or not at all, and a profile counts as baked when its manifest
 is there. A bake that was cut goes on: finished components stay, a cut download resumes.
@@ -20,7 +20,7 @@ from engine.hub import BakeFailed, Hub, RemoteFile
 from engine.lora import LoraWeights, check_expert, load_lora
 from engine.profile import Component, Lora, Profile, Source
 from engine.tensorfile import weight_files
-from engine.weights import FORMAT, LORAS, recipe, sha256
+from engine.weights import FORMAT, LORAS, MANIFEST, recipe, sha256
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ RECORD = "component.json"
 
 def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_loras: bool = False) -> Path:
     """Bake `profile` into `root` and return its manifest. What is there already and the same is kept.
+
+    In 8 bits it is `profile.baked_in(precision)`: another manifest, beside which the bf16 one may stand.
 
     `keep_loras`: leave the LoRA files beside the weights they are merged into, so that a request may ask for
     other strengths. For wan22_i2v_svi that is 4.9 GB more.
@@ -46,7 +48,7 @@ def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_lor
         if len(set(hashes)) < len(hashes):
             raise BakeFailed(f"two LoRAs of {profile.name} are the same file: one expert's stands in for the other's")
         kept = _keep_loras(profile, hub, root) if keep_loras else []
-        path = root / profile.folder / "manifest.json"
+        path = root / profile.folder / MANIFEST
         _write_json(path, _manifest(profile, records, kept, twin))
         shutil.rmtree(root / STAGING, ignore_errors=True)
     return path
@@ -187,7 +189,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 def _replace(staging: Path, target: Path, root: Path) -> None:
     """Put a finished component in its place. Manifests that spoke of its predecessor go first."""
     folder = target.relative_to(root).as_posix()
-    for manifest in root.glob("*/manifest.json"):
+    for manifest in root.glob(f"*/{MANIFEST}"):
         if any(line["path"].startswith(f"{folder}/") for line in json.loads(manifest.read_bytes())["files"]):
             manifest.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ def _replace(staging: Path, target: Path, root: Path) -> None:
 
 
 def _refuse_mixture(root: Path, twin: bool) -> None:
-    for manifest in root.glob("*/manifest.json"):
+    for manifest in root.glob(f"*/{MANIFEST}"):
         if json.loads(manifest.read_bytes())["twin"] != twin:
             holds = "real weights" if twin else "tiny twins"
             raise BakeFailed(f"the folder holds {holds} ({manifest.parent.name}); use another one")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.hub import BakeFailed
+from engine.linear8 import Linear8, quantise
 from engine.lora import LoraWeights, check_covered, check_distinct, merge
-from engine.parts import empty_model, file_name, read_config, stored_dtype
+from engine.parts import empty_model, file_name, frame, read_config, stored_dtype
 from engine.profile import Component
 from engine.published import differences, published_model
 from engine.tensorfile import Spec, TensorFiles, TensorWriter
@@ -25,28 +27,29 @@ Shapes = Mapping[str, tuple[int, ...]]
 def convert(component: Component, folder: Path, target: Path, loras: Sequence[tuple[LoraWeights, float]]) -> Path:
     """Write the component's tensors and configuration from `folder` into `target`; returns the tensor file.
 
-    Each tensor is read, merged in fp32 with the `loras` at their strengths, cast once and written. Memory:
-    the largest tensor in fp32.
+    Each tensor is read, merged in fp32 with the `loras` at their strengths, cast or rounded to 8 bits once,
+    and written. Memory: the largest tensor in fp32.
 
     Raises:
         BakeFailed: the files are not the class's tensors, or one is not finite after the cast.
         WeightsCorrupt: a LoRA does not fit.
     """
-    shapes = stored_shapes(component, empty_model(component, read_config(component, folder)))
+    model = empty_model(component, read_config(component, folder))
+    shapes = stored_shapes(component, model)
+    rounded = _rounded(component, model)
     files = TensorFiles(folder, component.variant)
     sources = _match(component, shapes, files)
     check_covered([lora for lora, _ in loras], set(shapes))
     check_distinct([lora for lora, _ in loras])
     shutil.copyfile(folder / "config.json", target / "config.json")
     names = execution_order(list(shapes))
-    specs = [Spec(sources[name], stored_dtype(component, name), shapes[name]) for name in names]
+    specs = {name: _specs(component, name, sources[name], shapes[name], name in rounded) for name in names}
     path = target / f"{stem(component)}.safetensors"
-    with TensorWriter(path, specs) as writer:
-        for name, spec in zip(names, specs, strict=True):
-            tensor = merge(files.tensor(spec.name).float(), name, loras).to(spec.dtype)
-            if not torch.isfinite(tensor).all():
-                raise BakeFailed(f"{component.folder}: {name} is not finite in {spec.dtype}")
-            writer.write(spec.name, tensor)
+    with TensorWriter(path, [spec for name in names for spec in specs[name]]) as writer:
+        for name in names:
+            merged = merge(files.tensor(sources[name]).float(), name, loras)
+            for spec, tensor in zip(specs[name], _stored(component, name, merged, specs[name]), strict=True):
+                writer.write(spec.name, tensor)
     return path
 
 
@@ -87,6 +90,29 @@ def execution_order(names: Sequence[str]) -> list[str]:
         return {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}.get(side, 0)
 
     return sorted(names, key=rank)  # sorted is stable: within a rank the order of registration stays
+
+
+def _rounded(component: Component, model: Any) -> set[str]:
+    """The weights that the bake rounds to 8 bits, by the wide model's names. `model` becomes an 8-bit frame."""
+    layers = frame(component, model).named_modules()
+    return {f"{name}.weight" for name, layer in layers if isinstance(layer, Linear8)}
+
+
+def _specs(component: Component, name: str, stored: str, shape: tuple[int, ...], is_rounded: bool) -> tuple[Spec, ...]:
+    """What one of the model's tensors becomes in the file, where it is called `stored`."""
+    if not is_rounded:
+        return (Spec(stored, stored_dtype(component, name), shape),)
+    parts = {"q": shape, "scale": shape[:1]}
+    return tuple(Spec(f"{stored}_{part}", stored_dtype(component, f"{name}_{part}"), parts[part]) for part in parts)
+
+
+def _stored(component: Component, name: str, merged: Tensor, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
+    """`merged`, fp32, as the specs say: cast, or rounded to 8 bits with one scale a row."""
+    is_rounded = len(specs) > 1
+    cast = merged if is_rounded else merged.to(specs[0].dtype)
+    if not torch.isfinite(cast).all():
+        raise BakeFailed(f"{component.folder}: {name} is not finite in {specs[0].dtype}")
+    return quantise(cast, str(component.dtype)) if is_rounded else (cast,)
 
 
 def stem(component: Component) -> str:

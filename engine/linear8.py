@@ -25,6 +25,7 @@ CPU the fast kinds compute the same rounded values with a float32 product.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,8 @@ class Linear8(nn.Module):
 
     weight_q: Tensor
     weight_scale: Tensor
+    weight: None = None
+    """There is no wide weight. T5's feed-forward looks here for a type to cast its input to, and leaves it alone."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, kind: str, device: str | None = None) -> None:
         super().__init__()
@@ -137,12 +140,25 @@ def round_rows(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     return scaled.clamp_(-kind.limit, kind.limit).to(kind.dtype), scale
 
 
-def project(hidden_states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+class Rounded(NamedTuple):
+    """Activations that are in 8 bits already, for layers of the kind whose format that is."""
+
+    values: Tensor
+    """(..., in)"""
+    scale: Tensor
+    """(..., 1) float32"""
+    dtype: torch.dtype
+    """Of what a layer makes of them."""
+
+
+def project(hidden_states: Tensor | Rounded, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of one input (..., in).
 
     8-bit layers of one fast kind share the rounding of the input; the compiler does not find that by itself. Layers
-    of other sorts, and those that somebody hooked, are called one by one.
+    of other sorts, and those that somebody hooked, are called one by one; they cannot take a Rounded.
     """
+    if isinstance(hidden_states, Rounded):
+        return _project_rounded(hidden_states, layers)
     first = layers[0]
     if len(layers) > 1 and not all(_shares_rounding(layer, first) for layer in layers):
         return tuple(layer(hidden_states) for layer in layers)
@@ -159,6 +175,18 @@ def project(hidden_states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor,
             if isinstance(layer, Linear8)
         ]
     return tuple(out.reshape(*hidden_states.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def _project_rounded(x: Rounded, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    rows, scale = x.values.flatten(0, -2), x.scale.flatten(0, -2)
+    outs = []
+    for layer in layers:
+        assert isinstance(layer, Linear8)
+        product = KINDS[layer.kind].product
+        assert product is not None and layer.weight_q.dtype == rows.dtype
+        out = product(rows, scale, layer.weight_q, layer.weight_scale, layer.bias, x.dtype)
+        outs.append(out.unflatten(0, x.values.shape[:-1]))
+    return tuple(outs)
 
 
 def _shares_rounding(layer: nn.Module, first: nn.Module) -> bool:
@@ -218,7 +246,8 @@ def widened_product(
 
 
 def _widened_weight(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    weight = (weight_q.float() * weight_scale.unsqueeze(-1)).to(x.dtype)
+    # Both formats are exact in any float type, and the product is made in fp32 and rounded once: one wide buffer.
+    weight = weight_q.to(x.dtype).mul_(weight_scale.unsqueeze(-1))
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -238,11 +267,12 @@ class Replaced:
     kept: Mapping[str, str]
 
 
-def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP) -> Replaced:
+def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP, device: str | None = None) -> Replaced:
     """Put a Linear8 in the place of every nn.Linear whose name no pattern of `keep` matches, in `model`
     itself.
 
     Weights that are there are quantised; a model on the meta device becomes an empty frame for a quantised file.
+    `device`: where each layer is taken to be quantised, one wide weight at a time, and stays; None: where it is.
 
     Raises:
         ValueError: the model carries live LoRA adapters. They belong into the weight before it is rounded.
@@ -259,7 +289,7 @@ def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP)
             reason = f"a side that is no multiple of {SIDE_MULTIPLE}, which the kernels refuse"
         if reason is None:
             names.append(name)
-            model.set_submodule(name, Linear8.from_linear(linear, kind))
+            model.set_submodule(name, Linear8.from_linear(linear if device is None else linear.to(device), kind))
         else:
             kept[name] = reason
     return Replaced(tuple(names), kept)

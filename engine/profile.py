@@ -5,9 +5,15 @@ written twice. Nothing here imports torch: a bad request must not wait for it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
+
+PRECISIONS = ("bf16", "fp8", "int8")
+"""What a video model can be baked in, in the order in which the worker looks for it. bf16: as published, so SDXL's
+fp16 and the VAEs' fp32 are in every bake."""
+
+EIGHT_BITS = ("fp8", "int8")
 
 EXPERTS: Mapping[str, str] = MappingProxyType({"high": "transformer", "low": "transformer_2", "single": "transformer"})
 """A phase's or LoRA's expert -> the component that holds it."""
@@ -35,8 +41,8 @@ class Component:
     """Relative to the weights folder. Two profiles that name one folder share what is in it."""
     published: str | None = None
     """Name of the published configuration in engine/published; None for tokenizers, which are only copied."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """As baked; None for what holds no tensors."""
+    dtype: Literal["bf16", "fp16", "fp32", "fp8", "int8"] | None = None
+    """As baked; None for what holds no tensors. fp8 and int8 name the linear layers' weights: all else is bf16."""
     keep_fp32: tuple[str, ...] = ()
     """Module names whose parameters stay fp32, as the library itself keeps them when it loads in bf16."""
     variant: str | None = None
@@ -47,6 +53,8 @@ class Component:
     """(tensor name, the name it shares its storage with): stored once, under the second."""
     size_bytes: int = 0
     """All tensors as baked. Counted from the published configuration on the meta device; a test holds it."""
+    narrow_size_bytes: int = 0
+    """The same in 8 bits, fp8 and int8 alike; 0: the component has no 8-bit form. See engine/eight_bits.py."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,29 @@ class Profile:
     def loras_of(self, component: Component) -> tuple[Lora, ...]:
         """The LoRAs that the bake merges into `component`."""
         return tuple(lora for lora in self.loras if EXPERTS[lora.expert] == component.name)
+
+    def baked_in(self, precision: str) -> "Profile":
+        """The profile as a bake in `precision` has it: itself for bf16, and where nothing of it can be rounded.
+
+        What is rounded lies in folders of its own, and so does the manifest; what is not is shared with the bf16 bake.
+        """
+        if precision not in EIGHT_BITS or not any(part.narrow_size_bytes for part in self.components):
+            return self
+        parts = tuple(self._rounded(part, precision) for part in self.components)
+        return replace(self, folder=f"{self.folder}-{precision}", components=parts)
+
+    def _rounded(self, part: Component, precision: str) -> Component:
+        if not part.narrow_size_bytes:
+            return part
+        own = part.folder.removeprefix(f"{self.folder}/")
+        folder = f"{part.folder}-{precision}" if own == part.folder else f"{self.folder}-{precision}/{own}"
+        dtype: Literal["fp8", "int8"] = "fp8" if precision == "fp8" else "int8"
+        return replace(part, dtype=dtype, folder=folder, size_bytes=part.narrow_size_bytes, narrow_size_bytes=0)
+
+    @property
+    def precision(self) -> str:
+        """What its largest component is baked in: bf16, fp16, fp8 or int8."""
+        return str(max(self.components, key=lambda part: part.size_bytes).dtype)
 
     @property
     def is_twin(self) -> bool:

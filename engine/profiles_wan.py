@@ -23,7 +23,7 @@ SHARED = (
     Component(
         "text_encoder", "transformers", "UMT5EncoderModel", WAN21, "text_encoder", "shared/umt5_xxl",
         published="umt5_xxl", dtype="bf16", tied=(("encoder.embed_tokens.weight", "shared.weight"),),
-        size_bytes=11_361_820_672,
+        size_bytes=11_361_820_672, narrow_size_bytes=6_735_241_216,
     ),
     # fp32: a bf16 encode shifts the picture that every later frame is held against
     Component(
@@ -48,7 +48,7 @@ WAN21_COMPONENTS = (
     Component(
         "transformer", "diffusers", "WanTransformer3DModel", WAN21, "transformer",
         "wan21_i2v_480p/transformer", published="wan21_i2v_transformer", dtype="bf16",
-        keep_fp32=TRANSFORMER_FP32, size_bytes=32_848_151_168,
+        keep_fp32=TRANSFORMER_FP32, size_bytes=32_848_151_168, narrow_size_bytes=16_711_303_808,
     ),
     Component(
         "scheduler", "diffusers", "UniPCMultistepScheduler", WAN21, "scheduler", "wan21_i2v_480p/scheduler",
@@ -61,12 +61,12 @@ WAN22_COMPONENTS = (
     Component(
         "transformer", "diffusers", "WanTransformer3DModel", WAN22, "transformer",
         "wan22_i2v_svi/transformer", published="wan22_i2v_transformer", dtype="bf16",
-        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368,
+        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
     ),
     Component(
         "transformer_2", "diffusers", "WanTransformer3DModel", WAN22, "transformer_2",
         "wan22_i2v_svi/transformer_2", published="wan22_i2v_transformer", dtype="bf16",
-        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368,
+        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
     ),
     Component(
         "scheduler", "diffusers", "UniPCMultistepScheduler", WAN22, "scheduler", "wan22_i2v_svi/scheduler",

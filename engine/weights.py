@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from engine.profile import Component, Profile
+from engine.profile import EIGHT_BITS, PRECISIONS, Component, Profile
 from engine.settings import ROOT, Settings
-from schemas.errors import WeightsCorrupt, WeightsMissing
+from schemas.errors import SettingsError, WeightsCorrupt, WeightsMissing
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"  # in the profile's folder: with it the profile counts as baked
 LORAS = "loras"  # in the profile's folder, where the bake was asked to keep them
 FORMAT = 1  # of the manifest; a worker refuses what another version has baked
 TWIN_MIN_SIDE = 32  # pixels: the smallest side the twins' three downsamplings survive
@@ -30,8 +31,8 @@ class Parts(Protocol):
     def load(self, name: str, device: str = "cpu") -> Any:
         """The component `name` on `device`, in eval mode and without gradients; each call loads anew.
 
-        Models have their stored dtype, except that fp16 becomes fp32 on a CPU. Tokenizers, image processors
-        and schedulers ignore `device`.
+        Models have their stored dtype, except that fp16 becomes fp32 on a CPU. Of a component that was baked in
+        8 bits no wide copy is ever made. Tokenizers, image processors and schedulers ignore `device`.
 
         Raises:
             KeyError: the profile has no such component.
@@ -98,24 +99,42 @@ class File:
 def locate(profile: Profile, settings: Settings, places: Sequence[Place] = PLACES) -> Baked:
     """Find the profile's weights: WORKER_WEIGHTS_DIR if set, else the first of `places` that holds them.
 
-    Only file sizes are compared here. A tiny twin counts only where WORKER_WEIGHTS_DIR points at it.
+    WORKER_PRECISION fp8 or int8 takes the bake of that precision wherever it is, else a bf16 bake, which is rounded
+    as it is loaded. Unset takes what is there, bf16 before 8 bits in one place. Only file sizes are compared here.
+    A tiny twin counts only where WORKER_WEIGHTS_DIR points at it.
 
     Raises:
         WeightsMissing: names the places searched.
         WeightsCorrupt: the first place that holds the profile holds it incomplete or for another version.
+        SettingsError: it is baked in 8 bits only, and not those that WORKER_PRECISION asks for.
     """
-    if settings.weights_dir is not None:
-        places = [Place("WORKER_WEIGHTS_DIR", settings.weights_dir)]
-    for place in places:
-        found = _cached(profile, place) if place.layout == "hub" else _baked(profile, place)
-        if found is not None and (settings.weights_dir is not None or not found.profile.is_twin):
-            log.info("%s: weights from %s", profile.name, place.name)
+    for bakes in _preferred(profile, settings.precision):
+        found = find(bakes, settings, places)
+        if found is not None:
+            beside = _beside(profile, found)
+            log.info("%s: %s weights from %s%s", profile.name, found.profile.precision, found.place.name, beside)
             return found
-    searched = ", ".join(place.name for place in places)
+    other = find([profile.baked_in(precision) for precision in EIGHT_BITS], settings, places)
+    if other is not None:
+        raise SettingsError(
+            f"{profile.folder} is baked in {other.profile.precision}, and WORKER_PRECISION asks for "
+            f"{settings.precision}: unset it, or bake with download_weights.py --precision {settings.precision}"
+        )
+    searched = ", ".join(place.name for place in _searched(settings, places))
     raise WeightsMissing(
         f"the weights of {profile.folder} are not there; searched {searched}. "
         f"Bake them with download_weights.py --profiles {profile.folder}, or set WORKER_WEIGHTS_DIR"
     )
+
+
+def find(bakes: Sequence[Profile], settings: Settings, places: Sequence[Place] = PLACES) -> Baked | None:
+    """The first of `bakes` in the first place that holds any of them. See locate, also for what it raises."""
+    for place in _searched(settings, places):
+        for profile in bakes:
+            found = _cached(profile, place) if place.layout == "hub" else _baked(profile, place)
+            if found is not None and (settings.weights_dir is not None or not found.profile.is_twin):
+                return found
+    return None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -137,7 +156,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def recipe(component: Component, profile: Profile) -> dict[str, Any]:
-    """What decides a component's bytes, besides the published files: compared between bake and worker."""
+    """What decides a component's bytes, besides the published files: compared between bake and worker.
+
+    `dtype` is its precision: fp8 and int8 are other components than bf16, in folders of their own.
+    """
     loras = [
         {"repo": lora.source.repo, "file": lora.file, "strength": lora.strength} for lora in profile.loras_of(component)
     ]
@@ -169,8 +191,30 @@ def sha256(path: Path) -> str:
         raise WeightsCorrupt(f"{path.name} cannot be read; bake it again") from error
 
 
+def _preferred(profile: Profile, precision: str | None) -> list[list[Profile]]:
+    """The bakes that would do, in groups: a later group counts only where no place holds one of an earlier."""
+    if precision is None:
+        return [[profile.baked_in(each) for each in PRECISIONS]]
+    return [[profile.baked_in(each)] for each in dict.fromkeys((precision, "bf16"))]
+
+
+def _searched(settings: Settings, places: Sequence[Place]) -> Sequence[Place]:
+    return places if settings.weights_dir is None else [Place("WORKER_WEIGHTS_DIR", settings.weights_dir)]
+
+
+def _beside(profile: Profile, found: Baked) -> str:
+    """A word on the bakes of other precisions that lie beside the one that was taken."""
+    folders = {precision: profile.baked_in(precision).folder for precision in PRECISIONS}
+    others = [
+        precision
+        for precision, folder in folders.items()
+        if folder != found.profile.folder and (found.place.path / folder / MANIFEST).is_file()
+    ]
+    return f"; also baked: {', '.join(others)}, see WORKER_PRECISION" if others else ""
+
+
 def _baked(profile: Profile, place: Place) -> Baked | None:
-    path = place.path / profile.folder / "manifest.json"
+    path = place.path / profile.folder / MANIFEST
     if not path.is_file():
         return None
     manifest = read_manifest(path)
@@ -186,8 +230,8 @@ def _baked(profile: Profile, place: Place) -> Baked | None:
 
 
 def _cached(profile: Profile, place: Place) -> Baked | None:
-    """The repositories as published, in a Hugging Face cache; None with LoRAs, which only a bake merges."""
-    if profile.loras:
+    """The repositories as published, in a Hugging Face cache; None for what only a bake does, LoRAs and 8 bits."""
+    if profile.loras or profile.precision in EIGHT_BITS:
         return None
     folders = {}
     for component in profile.components:

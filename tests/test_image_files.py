@@ -112,8 +112,9 @@ def test_weights_are_baked_before_the_code_comes_in() -> None:
 
 def test_packages_are_installed_before_anything_else_is_copied() -> None:
     copies = [step.sources for step in steps("COPY", "base")]
-    assert copies == [["builder/requirements.txt"]]
-    assert steps("RUN", "base")[-1].words == ["pip", "install", "-r", "builder/requirements.txt"]
+    assert copies == [["builder/requirements.lock"]]
+    install = steps("RUN", "base")[-1].words
+    assert (install[:2], install[-2:]) == (["pip", "install"], ["-r", "builder/requirements.lock"])
 
 
 def test_every_copied_path_exists_and_is_let_through() -> None:
@@ -240,6 +241,12 @@ def test_token_is_a_mounted_secret_and_nothing_else() -> None:
     syntax = re.fullmatch(r"# syntax=docker/dockerfile:1\.(\d+)", head)
     assert syntax is not None
     assert int(syntax[1]) >= 10  # the first that knows env= in a secret's mount
+
+
+def test_precision_is_an_argument_of_the_build_and_reaches_the_bake() -> None:
+    assert ["PRECISION=bf16"] in [step.words for step in steps("ARG", "weights")]
+    bake = next(step.words for step in steps("RUN", "weights") if "download_weights.py" in step.words)
+    assert bake[bake.index("--precision") + 1] == "${PRECISION}"
 
 
 def test_profiles_of_the_default_build_exist() -> None:

@@ -1,0 +1,84 @@
+"""A Wan block whose large 8-bit layers are handed rounded rows: norm, residual sum and GELU come with the rounding.
+
+The arithmetic is that of diffusers' WanTransformerBlock, with one rounding to bf16 less before each 8-bit one. Used
+for fp8 blocks on a card whose kernels passed their self-test; every other block stays as it is.
+"""
+
+from typing import cast
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+
+from engine import rounding
+from engine.linear8 import Linear8, Rounded, project
+from engine.rounding import add_norm_round, gelu_round, norm_round
+
+
+class Block8(WanTransformerBlock):
+    """A block that is there already takes this class: its tensors stay where they are, under their names."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Tensor,
+    ) -> Tensor:
+        """hidden_states (1, tokens, dim) bf16, temb (1, 6, dim) -> (1, tokens, dim)."""
+        if temb.shape[0] != 1 or temb.ndim != 3 or any(_is_watched(layer) for layer in _rounded_layers(self)):
+            out: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return out
+        table = (self.scale_shift_table + temb.float())[0]
+        shift, scale, gate, feed_shift, feed_scale, feed_gate = table.unbind(0)
+        x = hidden_states[0]
+        values, row_scale = norm_round(x, 1 + scale, shift, self.norm1.eps)
+        seen = self.attn1(_batch(values, row_scale, x), None, None, rotary_emb)[0]
+        norm2 = cast(nn.LayerNorm, self.norm2)
+        x, values, row_scale = add_norm_round(x, seen, gate, norm2.weight.float(), norm2.bias.float(), norm2.eps)
+        seen = self.attn2(_batch(values, row_scale, x), encoder_hidden_states, None, None)[0]
+        x, values, row_scale = add_norm_round(x, seen, None, 1 + feed_scale, feed_shift, self.norm3.eps)
+        fed = self._feed_forward(_batch(values, row_scale, x))[0]
+        return (x.float() + fed.float() * feed_gate).type_as(x)[None]
+
+    def _feed_forward(self, rounded: Rounded) -> Tensor:
+        *_, widen, narrow = _rounded_layers(self)
+        (wide,) = project(rounded, (widen,))
+        values, row_scale = gelu_round(wide[0])
+        (out,) = project(_batch(values, row_scale, wide), (narrow,))
+        return out
+
+
+def _batch(values: Tensor, scale: Tensor, like: Tensor) -> Rounded:
+    """As a batch of one, for a result of the type of `like`."""
+    return Rounded(values[None], scale[None], like.dtype)
+
+
+def install(model: nn.Module, device: str) -> tuple[str, ...]:
+    """Make the model's fp8 blocks Block8 where the card can; returns what should be said."""
+    blocks = [block for block in model.modules() if _fits(block)]
+    if not blocks or torch.device(device).type != "cuda":
+        return ()
+    problem = rounding.problem(device)
+    if problem is not None:
+        return (f"the one-pass rounding kernels are not used: {problem}",)
+    for block in blocks:
+        block.__class__ = Block8
+    return ()
+
+
+def _fits(block: nn.Module) -> bool:
+    if type(block) is not WanTransformerBlock or not isinstance(block.norm2, nn.LayerNorm):
+        return False
+    return all(isinstance(layer, Linear8) and layer.kind == "fp8" for layer in _rounded_layers(block))
+
+
+def _rounded_layers(block: WanTransformerBlock) -> tuple[nn.Module, ...]:
+    """Those that get rounded rows. One that somebody hooked must be called as a layer again."""
+    own, feed = block.attn1, block.ffn.net
+    widen, _, narrow = feed
+    return own.to_q, own.to_k, own.to_v, block.attn2.to_q, widen.get_submodule("proj"), narrow
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -1,0 +1,136 @@
+"""The kernels of engine.rounding: one program a row, the row in registers. Imported on a card only."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.linear8 import KINDS, SMALLEST_AMAX
+
+FP8 = KINDS["fp8"]
+ELEMENTS_A_THREAD = 128
+THREADS_A_WARP = 32
+
+
+@triton.jit
+def _store_rounded(value: tl.tensor, inside: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor,
+                   row: tl.tensor, columns: tl.tensor, width: tl.constexpr, smallest: tl.constexpr,
+                   limit: tl.constexpr) -> None:  # fmt: skip
+    largest = tl.max(tl.where(inside, tl.abs(value), 0.0), axis=0)
+    largest = tl.maximum(largest, smallest)
+    rounded = tl.minimum(tl.maximum(value * (limit / largest), -limit), limit)  # one division a row
+    rounded = tl.where(value == value, rounded, value)  # a NaN stays one
+    tl.store(values_at + row * width + columns, rounded.to(values_at.dtype.element_ty), mask=inside)
+    tl.store(scales_at + row, largest / limit)
+
+
+@triton.jit
+def _norm(value: tl.tensor, inside: tl.tensor, weight_at: tl.tensor, bias_at: tl.tensor, columns: tl.tensor,
+          width: tl.constexpr, eps: tl.constexpr) -> tl.tensor:  # fmt: skip
+    mean = tl.sum(value, axis=0) / width
+    centred = tl.where(inside, value - mean, 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    weight = tl.load(weight_at + columns, mask=inside, other=0.0)
+    bias = tl.load(bias_at + columns, mask=inside, other=0.0)
+    return centred * spread * weight + bias
+
+
+@triton.jit
+def _gelu_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor, width: tl.constexpr,
+                       block: tl.constexpr, smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    # 0.5 v (1 + tanh(u)) = v sigmoid(2u), u = sqrt(2/pi) (v + 0.044715 v^3): torch's gelu(approximate="tanh")
+    value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+
+
+@triton.jit
+def _norm_round_kernel(x_at: tl.tensor, added_at: tl.tensor, gate_at: tl.tensor, weight_at: tl.tensor,
+                       bias_at: tl.tensor, sum_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor,
+                       width: tl.constexpr, block: tl.constexpr, eps: tl.constexpr, has_added: tl.constexpr,
+                       has_gate: tl.constexpr, smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if has_added:
+        added = tl.load(added_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        if has_gate:
+            added = added * tl.load(gate_at + columns, mask=inside, other=0.0)
+        total = (value + added).to(sum_at.dtype.element_ty)
+        tl.store(sum_at + row * width + columns, total, mask=inside)
+        value = total.to(tl.float32)
+    value = _norm(value, inside, weight_at, bias_at, columns, width, eps)
+    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+
+
+def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scales = _room(x)
+    rows, width = x.shape
+    _gelu_round_kernel[(rows,)](
+        x, values, scales, width, _block(width), SMALLEST_AMAX, FP8.limit, num_warps=_warps(width)
+    )
+    return values, scales
+
+
+def norm_round(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values, scales = _room(x)
+    _normalise(x, None, None, weight, bias, None, values, scales, eps)
+    return values, scales
+
+
+def add_norm_round(
+    x: Tensor, added: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, scales = _room(x)
+    total = torch.empty_like(x)
+    _normalise(x, added, gate, weight, bias, total, values, scales, eps)
+    return total, values, scales
+
+
+def _normalise(
+    x: Tensor,
+    added: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    total: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    eps: float,
+) -> None:
+    rows, width = x.shape
+    _norm_round_kernel[(rows,)](
+        x,
+        x if added is None else added,  # some address: not read without has_added
+        weight if gate is None else gate,
+        weight,
+        bias,
+        x if total is None else total,
+        values,
+        scales,
+        width,
+        _block(width),
+        eps,
+        added is not None,
+        gate is not None,
+        SMALLEST_AMAX,
+        FP8.limit,
+        num_warps=_warps(width),
+    )
+
+
+def _room(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=FP8.dtype), torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+
+
+def _block(width: int) -> int:
+    block: int = triton.next_power_of_2(width)
+    return block
+
+
+def _warps(width: int) -> int:
+    return max(1, min(16, _block(width) // (ELEMENTS_A_THREAD * THREADS_A_WARP)))

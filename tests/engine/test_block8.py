@@ -1,0 +1,127 @@
+"""Block8: diffusers' block with the rounding fused in, close to it, under the same names."""
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+from engine import attention, block8
+from engine.block8 import Block8, install
+from engine.linear8 import replace_linears
+from engine.linear8_check import snr_db
+
+DIM, HEADS, TOKENS = 64, 2, 24
+
+
+class Holder(torch.nn.Module):
+    """A model of two blocks."""
+
+    def __init__(self, kind: str | None, image_dim: int | None) -> None:
+        super().__init__()
+        made = [
+            WanTransformerBlock(DIM, 160, HEADS, cross_attn_norm=True, added_kv_proj_dim=image_dim) for _ in range(2)
+        ]
+        self.blocks = torch.nn.ModuleList(made)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+        self.to(torch.bfloat16).requires_grad_(False).eval()
+        for block in self.blocks:
+            block.scale_shift_table.data = block.scale_shift_table.float()
+            block.norm2.float()
+        if kind is not None:
+            replace_linears(self, kind)
+        attention.install(self, "native")
+
+
+@pytest.fixture(autouse=True)
+def a_card_that_passes(monkeypatch):
+    monkeypatch.setattr(block8.rounding, "problem", lambda _device: None)
+
+
+@pytest.fixture
+def given():
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(1, 512 + 7, DIM, generator=generator).to(torch.bfloat16)
+    angles = torch.randn(1, TOKENS, 1, DIM // HEADS // 2, generator=generator).repeat_interleave(2, dim=-1)
+    return {
+        "hidden_states": torch.randn(1, TOKENS, DIM, generator=generator).to(torch.bfloat16),
+        "encoder_hidden_states": context,
+        "temb": torch.randn(1, 6, DIM, generator=generator),
+        "rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+@pytest.mark.parametrize("image_dim", [None, DIM])
+def test_block_gives_what_the_stock_block_gives_but_for_roundings_less(given, image_dim):
+    model = Holder("fp8", image_dim)
+    stock = model.blocks[0](**given)
+    assert install(model, "cuda") == ()
+    assert type(model.blocks[0]) is Block8
+    assert snr_db(stock, model.blocks[0](**given)) > 25  # both are 30 dB from the unrounded block
+
+
+def test_block_is_as_near_to_the_wide_block_as_the_stock_one(given):
+    wide = Holder(None, None).blocks[0](**given)
+    model = Holder("fp8", None)
+    stock = snr_db(wide, model.blocks[0](**given))
+    install(model, "cuda")
+    assert snr_db(wide, model.blocks[0](**given)) > stock - 1
+
+
+def test_install_keeps_every_tensor_where_it_is_under_its_name():
+    model = Holder("fp8", None)
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    install(model, "cuda")
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("place", ["attn1.to_q", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2", "attn1.to_out.0"])
+def test_block_lets_a_hook_on_a_layer_add_to_it(given, place):
+    model = Holder("fp8", None)
+    install(model, "cuda")
+    block = model.blocks[0]
+    without = block(**given)
+    hook = block.get_submodule(place).register_forward_hook(lambda _module, _args, out: out + 1)
+    assert not torch.equal(block(**given), without)
+    hook.remove()
+    assert torch.equal(block(**given), without)
+
+
+def test_block_of_two_videos_at_once_runs_as_the_stock_block(given):
+    model = Holder("fp8", None)
+    twice = {name: value if name == "rotary_emb" else torch.cat([value, value]) for name, value in given.items()}
+    stock = model.blocks[0](**twice)
+    install(model, "cuda")
+    assert torch.equal(model.blocks[0](**twice), stock)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "fp8-weights"])
+def test_install_leaves_other_kinds_alone(kind):
+    model = Holder(kind, None)
+    assert install(model, "cuda") == ()
+    assert type(model.blocks[0]) is WanTransformerBlock
+
+
+def test_install_leaves_a_model_alone_when_there_is_no_card():
+    model = Holder("fp8", None)
+    assert install(model, "cpu") == ()
+    assert type(model.blocks[0]) is WanTransformerBlock
+
+
+def test_install_says_why_when_the_card_fails_and_leaves_the_model_alone(monkeypatch):
+    monkeypatch.setattr(block8.rounding, "problem", lambda _device: "a result is off (SNR 3.0 dB)")
+    model = Holder("fp8", None)
+    assert install(model, "cuda") == ("the one-pass rounding kernels are not used: a result is off (SNR 3.0 dB)",)
+    assert type(model.blocks[0]) is WanTransformerBlock
+
+
+def test_block_is_one_graph_for_all_blocks(given):
+    torch._dynamo.reset()
+    model = Holder("fp8", None)
+    install(model, "cuda")
+    compiled = torch.compile(Block8.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        for block in model.blocks:
+            compiled(block, given["hidden_states"], given["encoder_hidden_states"], given["temb"], given["rotary_emb"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
