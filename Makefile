@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TWINS := weights/tiny/.ready
 
-.PHONY: setup twins demo test check docs soak image release coverage clean lock audit sbom
+.PHONY: setup twins demo test check docs soak chaos image release coverage clean lock audit sbom
 
 setup: $(READY)
 
@@ -45,8 +45,13 @@ check: $(READY)
 docs: $(READY)
 	$(BIN)/python builder/generate_docs.py
 
+# The long forms, half an hour each on two cores; both print their figures at the end.
 soak: $(TWINS)
-	$(BIN)/python -m pytest -m soak --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 1800 --ignore tests/chaos
+
+# All faults at random: make chaos MINUTES=5 SEED=2
+chaos: $(TWINS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos --chaos-minutes $(or $(MINUTES),20) --chaos-seed $(or $(SEED),1)
 
 image: test check
 	docker build --platform linux/amd64 --build-arg PROFILES=$(or $(PROFILES),sdxl) -t worker:latest .

@@ -3,24 +3,31 @@
 python handler.py                         take jobs (on RunPod)
 python handler.py --test_input [JSON]     run one job here: test_input.json beside this file, a file, or JSON
 python handler.py --rp_serve_api          serve RunPod's HTTP API on this machine
+python handler.py --plan                  print what would run on this card and how; exits 0, or 1 if something cannot
 """
 
+import logging
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine import fitness, inputs, profiles, weights
-from engine.backends import Task
+from engine.backends import Task, import_backend
+from engine.plan_report import NothingFits, report
 from engine.progress import Progress
 from engine.settings import Settings
 from engine.storage import open_store, sweep
-from model_handler import ModelHandler
-from schemas.errors import SettingsError
+from model_handler import ModelHandler, capability
+from schemas.errors import CardUnfit, SettingsError, WorkerError
 from schemas.input_schema import parse_request
 from schemas.output_schema import success
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,15 @@ def run(
     if (answered := store.recall(job_id, fingerprint)) is not None:
         return answered  # the platform delivered the job twice
     baked = weights.locate(profiles.resolve(request), worker.settings)
+    worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
     with progress.stage("fetch"):
         media = inputs.load(request, worker.settings)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
+    with progress.stage("load"), progress.timed("load_import"):
+        parts = baked.parts()
+        import_backend(baked.profile)
     with tempfile.TemporaryDirectory(prefix="job-") as folder:
-        made = worker.models.generate(task, baked.parts(), Path(folder), progress)
+        made = worker.models.generate(task, parts, Path(folder), progress)
         with progress.stage("upload"):
             delivered = [store.deliver(file, job_id, file.path.name) for file in made.files]
     response = success(task, made, delivered, media.hashes, progress.timings_s)
@@ -71,12 +82,40 @@ def main() -> int:
         print(f"settings_error: {error.sentence}", file=sys.stderr)  # noqa: T201 nothing is set up yet to log with
         return 1
     worker = Worker(settings, ModelHandler(settings))
+    if sys.argv[1:] == ["--plan"]:
+        return show_plan(worker)
     threading.Thread(target=sweep, args=[settings], name="outbox", daemon=True).start()
 
     def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
 
-    return runpod_worker.serve(run_job, settings, sys.argv[1:], fitness.checks(settings))
+    checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, worker)]
+    return runpod_worker.serve(run_job, settings, sys.argv[1:], checks)
+
+
+def show_plan(worker: Worker) -> int:
+    """Print the plan of every baked profile. Returns the exit code: 1 if one of them cannot run here."""
+    try:
+        text, code = report(worker.settings, worker.models.limits, capability()), 0
+    except (NothingFits, WorkerError) as error:
+        text, code = str(error), 1
+    sys.stdout.write(f"{text}\n")
+    return code
+
+
+def check_plan(worker: Worker) -> None:
+    """Write the plan to the log, before the first job.
+
+    Raises:
+        CardUnfit: a baked profile cannot run on this card.
+    """
+    if capability() is None:  # no card, so nothing is placed
+        return
+    try:
+        log.info("%s", report(worker.settings, worker.models.limits, capability()))
+    except NothingFits as error:
+        log.error("%s", error)
+        raise CardUnfit("a baked profile does not fit this card; `handler.py --plan` shows which") from error
 
 
 if __name__ == "__main__":

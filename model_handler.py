@@ -5,26 +5,35 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
-from engine import video
+from engine import disk, video
+from engine.admission import Gate, Limits
 from engine.backends import Backend, Task, load_backend
 from engine.card import Card, Levers
+from engine.card_errors import card_error
+from engine.demand import Demand
 from engine.outputs import Frames, Images, MediaFile
 from engine.pictures import write_picture
 from engine.profiles import Profile
 from engine.progress import Progress
+from engine.residency import GIB, Plan, plan
 from engine.settings import Settings
 from engine.weights import Parts
-from schemas.errors import GpuFault, OutOfMemory, WorkerError
+from schemas.errors import GpuFault, OutOfMemory, RequestTooLarge, WeightsCorrupt
 from schemas.image_schema import ImageRequest
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 CARD_GIB = 44.5  # what a 48 GB card leaves to us with ECC on; also the budget pretended on a machine without a card
+
+SAVED_MEMORY = (
+    "the card ran out of memory, so this was made by a second run that decodes in tiles: where they meet, pixels may "
+    "differ slightly from those of a run in one piece"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,14 @@ class Generated:
     files: tuple[MediaFile, ...]
     notes: tuple[str, ...] = ()
     state: str | None = None
+
+
+class Loaded(NamedTuple):
+    """A profile on the card, and where its bytes are there (on a CPU: where they would be)."""
+
+    profile: Profile
+    backend: Backend
+    plan: Plan
 
 
 class ModelHandler:
@@ -47,34 +64,59 @@ class ModelHandler:
         self._settings = settings
         self._load = load
         self._lock = threading.Lock()
-        self._loaded: OrderedDict[str, tuple[Profile, Backend]] = OrderedDict()
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self.loads = 0  # profiles loaded since the start; a warm job adds none
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What this worker takes. The card is asked once, before anything of ours is on it."""
+        settings = self._settings
+        return Limits(budget_bytes(settings.vram_gib), settings.precision, settings.max_work_gpx)
+
+    def gate(self, profile: Profile) -> Gate:
+        """Who may run `profile` on this card. Loads nothing."""
+        return Gate(profile, self.limits)
 
     def generate(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
         """Run one task and leave its verified files in `folder`.
 
-        If the card runs out of memory, everything but this profile is unloaded and the task runs once more.
+        If the card runs out of memory, everything but this profile is unloaded, and the task runs once more in the
+        form that saves memory; the result says so.
 
         Raises:
+            RequestTooLarge: it cannot run on this card, or is more work than the operator allows. Nothing was loaded.
+            DiskFull: there is no room for its files.
             WorkerError: the most specific one. Of memory, only loaded profiles keep theirs.
         """
+        gate = self.gate(task.profile)
+        wanted = gate.admit(task.request, task.pictures)
+        if wanted is not None:
+            disk.check_room(folder, wanted)
         with self._lock:
-            try:
-                return self._attempt(task, parts, folder, progress)
-            except OutOfMemory:
-                log.warning("out of memory; once more with the card to itself")
-            # Out here the exception is gone, and with it the tensors that its frames held.
-            self._evict_all_but(task.profile)
-            return self._attempt(task, parts, folder, progress)
+            for saves_memory in (False, True):
+                try:
+                    return self._attempt(replace(task, saves_memory=saves_memory), wanted, parts, folder, progress)
+                except OutOfMemory:
+                    log.warning("out of memory%s", " again, though saving it" if saves_memory else "; once more")
+                # Out here the exception is gone, and with it the tensors that its frames held.
+                self._evict_all_but(task.profile)
+        raise OutOfMemory(
+            f"the card has not enough memory for this request, also in tiles and with the card to itself; "
+            f"{gate.advice(task.request, task.pictures)}"
+        )
 
-    def _attempt(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
+    def _attempt(self, task: Task, wanted: Demand | None, parts: Parts, folder: Path, progress: Progress) -> Generated:
         failed = True
         try:
             with progress.stage("load"):
-                backend = self._backend(task.profile, parts)
+                backend = self._backend(task.profile, parts, wanted)
             made = self._write(backend.generate(task, progress), task, folder)
             failed = False
             return made
+        except WeightsCorrupt:
+            if task.profile.folder in self._loaded:
+                self._evict(task.profile.folder)  # it is there in part, and the rest cannot be read: load it anew
+            raise
         except RuntimeError as error:
             fault = card_error(error)
             failed = not isinstance(fault, GpuFault)  # a poisoned context must not be touched again
@@ -91,63 +133,92 @@ class ModelHandler:
             while self._loaded:
                 self._evict_oldest()
 
-    def _backend(self, profile: Profile, parts: Parts) -> Backend:
-        if profile.folder in self._loaded:
-            self._loaded.move_to_end(profile.folder)
-            return self._loaded[profile.folder][1]
-        budget = self._budget_gib()
-        self._cap_memory()
-        while self._loaded and self._used_gib() + profile.vram_gib > budget:
+    def _backend(self, profile: Profile, parts: Parts, wanted: Demand | None) -> Backend:
+        """The profile's backend, with room on the card for what is wanted.
+
+        As it is placed, if that leaves the room. Else it is loaded again, placed so that it does.
+        """
+        gate, budget_bytes = self.gate(profile), self.limits.budget_bytes
+        work_bytes = 0 if wanted is None else gate.needed_bytes(wanted)
+        loaded = self._loaded.get(profile.folder)
+        if loaded is not None and loaded.plan.peak_bytes(work_bytes) > budget_bytes:
+            log.info("%s as it is placed has no room for this size; it is loaded again", profile.name)
+            self._evict(profile.folder)
+            loaded = None
+        if loaded is None:
+            loaded = self._load_beside_others(profile, parts, gate.planned(wanted))
+        self._loaded[profile.folder] = loaded
+        self._loaded.move_to_end(profile.folder)
+        while self._others_bytes(profile) + loaded.plan.peak_bytes(work_bytes) > budget_bytes and len(self._loaded) > 1:
             self._evict_oldest()
-        backend = self._load(profile, parts, self._card(int((budget - self._used_gib()) * GIB)))
+        return loaded.backend
+
+    def _load_beside_others(self, profile: Profile, parts: Parts, wanted: Demand) -> Loaded:
+        """Load it beside what is there, as far as that costs it no speed; the oldest goes first."""
+        self._cap_memory()
+        alone = self._plan(profile, wanted, self.limits.budget_bytes)
+        while self._loaded and self._kind_beside_others(profile, wanted) != alone.kind:
+            self._evict_oldest()
+        left_bytes = self.limits.budget_bytes - self._others_bytes(profile)
+        made = self._plan(profile, wanted, left_bytes)
+        backend = self._load(profile, parts, self._card(left_bytes, wanted))
         self.loads += 1
-        self._loaded[profile.folder] = (profile, backend)
         log.info("loaded %s", profile.name)
-        return backend
+        return Loaded(profile, backend, made)
+
+    def _plan(self, profile: Profile, wanted: Demand, bytes_left: int) -> Plan:
+        precision = self._settings.precision
+        return plan(profile, bytes_left, precision=precision, shape=wanted.shape, images=wanted.images)
+
+    def _kind_beside_others(self, profile: Profile, wanted: Demand) -> str | None:
+        try:
+            return self._plan(profile, wanted, self.limits.budget_bytes - self._others_bytes(profile)).kind
+        except RequestTooLarge:
+            return None
+
+    def _others_bytes(self, profile: Profile) -> int:
+        return sum(one.plan.stays_bytes for folder, one in self._loaded.items() if folder != profile.folder)
 
     def _evict_all_but(self, profile: Profile) -> None:
-        for _ in range(len(self._loaded)):
-            if next(iter(self._loaded)) == profile.folder:
-                self._loaded.move_to_end(profile.folder)
-            else:
-                self._evict_oldest()
+        for folder in list(self._loaded):
+            if folder != profile.folder:
+                self._evict(folder)
         _give_back_cache()
 
     def _evict_oldest(self) -> None:
-        _, (profile, backend) = self._loaded.popitem(last=False)
+        self._evict(next(iter(self._loaded)))
+
+    def _evict(self, folder: str) -> None:
+        profile, backend, _ = self._loaded.pop(folder)
         backend.unload()
         del backend
         _give_back_cache()
         log.info("unloaded %s", profile.name)
 
-    def _used_gib(self) -> float:
-        return sum(profile.vram_gib for profile, _ in self._loaded.values())
-
-    def _card(self, budget_bytes: int) -> Card:
+    def _card(self, bytes_left: int, wanted: Demand) -> Card:
         settings = self._settings
         levers = Levers(settings.attention, settings.compile, settings.cache_dir)
-        return Card(device(), budget_bytes, settings.precision, levers)
+        return Card(device(), bytes_left, settings.precision, levers, wanted.shape)
 
     def _cap_memory(self) -> None:
         """Hold the process to WORKER_VRAM_GIB, so that a shared or emulated card is not overrun."""
         import torch
 
         if self._settings.vram_gib is not None and torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._settings.vram_gib / card_gib()))
-
-    def _budget_gib(self) -> float:
-        return self._settings.vram_gib or card_gib()
+            total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._settings.vram_gib / total_gib))
 
     def _write(self, output: Images | Frames, task: Task, folder: Path) -> Generated:
+        notes = (*output.notes, *([SAVED_MEMORY] if task.saves_memory else []))
         if isinstance(output, Frames):
             file = video.write_mp4(output, folder / "video.mp4")
-            return Generated((file,), output.notes, output.state())
+            return Generated((file,), notes, output.state())
         request = cast(ImageRequest, task.request)  # only `image` makes pictures
         files = [
             write_picture(picture, folder / f"image-{i}", request.output_format, request.quality)
             for i, picture in enumerate(output.pictures)
         ]
-        return Generated(tuple(files), output.notes)
+        return Generated(tuple(files), notes)
 
 
 def device() -> str:
@@ -157,36 +228,21 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def card_gib() -> float:
-    """Total memory of the card in GiB; the budget of a 48 GB card where there is none."""
+def capability() -> tuple[int, int] | None:
+    """Of the card; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def budget_bytes(vram_gib: float | None) -> int:
+    """Of the card: what is free now or already ours, and at most WORKER_VRAM_GIB. Without a card, a 48 GB card's."""
     import torch
 
     if not torch.cuda.is_available():
-        return CARD_GIB
-    return torch.cuda.get_device_properties(0).total_memory / GIB
-
-
-def card_error(error: RuntimeError) -> WorkerError | None:
-    """What a RuntimeError of torch says about the card: OutOfMemory, GpuFault, or None for neither.
-
-    Source of the words: PyTorch's c10/cuda/CUDAException and the cuBLAS and cuDNN status names. After any of them but
-    out-of-memory every later call in the process fails too.
-    """
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return OutOfMemory("the card has not enough memory for this request; ask for fewer frames or a smaller size")
-    words = (
-        "CUDA error",
-        "CUBLAS_STATUS",
-        "CUDNN_STATUS",
-        "cuDNN error",
-        "device-side assert",
-        "illegal memory access",
-    )
-    if isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words):
-        return GpuFault("the card failed; the worker is being replaced, send the request again")
-    return None
+        return int((vram_gib or CARD_GIB) * GIB)
+    free_bytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return free_bytes if vram_gib is None else min(free_bytes, int(vram_gib * GIB))
 
 
 def _give_back_cache() -> None:

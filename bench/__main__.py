@@ -1,55 +1,84 @@
 """Measure this worker against plain diffusers, on one card, in one run.
 
-    python -m bench                                         svi_endframe, plain and ours, and the card's ceilings
+    python -m bench                                         svi_endframe: plain and ours take turns; the card's ceilings
     python -m bench jobs --modes image video --repeats 5    other jobs
+    python -m bench jobs --layout svi_latent flf window     ways of the same 81 frames; flf is the arithmetic of plain
     python -m bench ladder kernels                          one forward, lever by lever; where its time goes
-    python -m bench swap vae accuracy                       expert swap; VAE; what 8 bits cost in accuracy
+    python -m bench swap --bus-gb-s 25                      expert swap, here as behind a slower bus
+    python -m bench vae accuracy                            VAE; what 8 bits cost in accuracy
+    python -m bench work --precision fp8 bf16               memory of a job's spans, for the planner's figures
     python -m bench jobs --arms ours --repeats 50           does memory grow?
+    python -m bench jobs --size twin                        the same protocol with the tiny twins, on any machine
+    python -m bench.projected                               what it might take on 48 GB cards
     python -m bench --cpu-counts                            counts on the tiny twins, no card needed
 
-Weights are random and full size, tokenizers come from the tiny twins (`make twins`). Every cell runs in a process of
-its own, below --cap-gib of the card's memory: capacity of a 48 GB card, speed of this one. The table is printed last,
-all numbers lie beside it in --json.
+Weights are random and full size, tokenizers come from the tiny twins (`make twins`). Every arm is a process of its
+own, below --cap-gib of the card's memory: capacity of a 48 GB card, speed of this one. Every job leaves a line on
+stderr and its numbers in --json at once, so a run that is cut loses nothing. The table is printed last.
 """
 
 import argparse
-import dataclasses
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import CAP_GIB, JOBS
+from bench.jobs import CAP_GIB, JOBS, LAYOUTS
+from bench.processes import ROOT, once
+from bench.rounds import Rounds, Row, free_host_bytes, groups
+from bench.say import say
+from bench.smi import card_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
-WHAT = ("jobs", "ladder", "kernels", "swap", "vae", "accuracy")
-UNCAPPED = ("swap", "accuracy")  # they compare with two bf16 experts on one card, and keep every layer's inputs
+WHAT = ("jobs", "ladder", "kernels", "swap", "vae", "accuracy", "work")
+UNCAPPED = ("swap", "accuracy", "work")  # two bf16 experts at once, every layer's inputs, or the peaks themselves
+WITH_CEILINGS = ("jobs", "kernels")  # the ladder measures its own
+WITH_TWINS = ("jobs", "work")
+Cell = dict[str, Any]
 
 
 def main() -> int:
     args = _arguments().parse_args()
     if args.cell:
-        return _child(json.loads(args.cell), args.json)
+        return _child(json.loads(args.cell), args.answers)
     if args.cpu_counts:
         from bench.counts import count_all
 
         print(json.dumps(count_all(args.twins), indent=1))
         return 0
-    results, failed = [], False
-    for cell in _cells(args):
-        print(f"bench: {cell['what']} {cell.get('mode', '')}", file=sys.stderr, flush=True)
-        result = _in_a_process(cell)
+    singles, rows = _cells(args), _rows(args)
+    results: list[Cell] = []
+    failed = False
+
+    def write(of_jobs: list[Cell]) -> None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([*results, *of_jobs], indent=1))
+
+    for cell in singles:
+        say(f"{cell['what']} {cell.get('precision') or ''}")
+        result = once(cell)
         failed |= result is None
         results += [] if result is None else [result]
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1))
+        write([])
+    if rows:
+        done = _run_jobs(rows, args, write)
+        failed |= bool(done.failed)
+        results += [row.result() for row in done.rows if "samples" in row.found]
     from bench.table import render
 
     print(render(results))
     return int(failed)
+
+
+def _run_jobs(rows: list[Row], args: argparse.Namespace, write: Any) -> Rounds:
+    together: list[list[Cell]] = []
+    for mode in args.modes:
+        cells = [row.cell for row in rows if row.cell["mode"] == mode]
+        made, why = groups(cells, free_host_bytes(), card_bytes())
+        say(f"{mode}: {why or 'all arms are alive at once and take turns'}")
+        together += made
+    rounds = Rounds(rows, write)
+    rounds.run(together, args.repeats, args.trace)
+    return rounds
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -57,68 +86,92 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("what", nargs="*", default=["jobs"], help=f"of {', '.join(WHAT)}")
     parser.add_argument("--modes", nargs="+", choices=list(JOBS), default=["svi_endframe"])
     parser.add_argument("--arms", nargs="+", choices=["plain", "ours"], default=["plain", "ours"])
+    parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["svi_latent", "flf"])
+    parser.add_argument("--steps", type=int, help="of a video job; default: 6, for `video` 4 of its usual 40")
     parser.add_argument("--repeats", type=int, default=5, help="timed jobs, after one that loads and warms up")
     parser.add_argument("--precision", nargs="+", default=["fp8"], help="bf16, fp8, int8: one `ours` arm for each")
-    parser.add_argument("--attention", default=None, help="kernel of `ours`; default: the fastest that works")
+    parser.add_argument("--attention", help="kernel of `ours`; default: the fastest that works")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--cache-dir", type=Path, default=None, help="compiled graphs of an earlier run")
-    parser.add_argument("--count-bytes", action="store_true", help="one more job an arm, under the profiler")
+    parser.add_argument("--cache-dir", type=Path, help="compiled graphs of an earlier run")
+    parser.add_argument(
+        "--trace", nargs="*", choices=["plain", "ours"], default=["ours"],
+        help="arms that run one more job under the profiler, and ours through the whole worker",
+    )  # fmt: skip
+    parser.add_argument("--blocks", type=int, help="of each transformer in ladder, kernels, swap: a shallower model")
+    parser.add_argument("--bus-gb-s", type=float, help="of swap: emulate a slower bus; PCIe 4 has 25")
     parser.add_argument("--cap-gib", type=float, default=CAP_GIB)
+    parser.add_argument("--size", choices=["full", "twin"], default="full")
     parser.add_argument("--twins", type=Path, default=ROOT / "weights" / "tiny")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench.json")
     parser.add_argument("--cpu-counts", action="store_true")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     return parser
 
 
-def _cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    common = {"twins": str(args.twins), "cap_gib": args.cap_gib, "repeats": args.repeats}
-    job = {**common, "attention": args.attention, "compile": not args.no_compile, "count_bytes": args.count_bytes}
-    job["cache_dir"] = None if args.cache_dir is None else str(args.cache_dir)
-    cells: list[dict[str, Any]] = [{"what": "ceilings", **common}]
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """What is measured in one go, each in a process of its own."""
     for what in args.what:
         if what not in WHAT:
             raise SystemExit(f"bench: {what} is none of {', '.join(WHAT)}")
-        if what != "jobs":
+        if args.size == "twin" and what not in WITH_TWINS:
+            raise SystemExit(f"bench: {what} is about the full size; --size twin is for {' and '.join(WITH_TWINS)}")
+    common = {**_common(args), "blocks": args.blocks, "bus_gb_s": args.bus_gb_s}
+    is_timed = args.size == "full" and any(what in WITH_CEILINGS for what in args.what)
+    cells: list[Cell] = [{"what": "ceilings", **common}] if is_timed else []
+    for what in args.what:
+        if what == "work":
+            cells += [
+                {"what": what, **common, **_levers(args), "cap_gib": None, "mode": "svi_endframe",
+                 "layouts": args.layout, "precision": precision, "compile": is_compiled}
+                for precision in args.precision for is_compiled in (False, True)
+            ]  # fmt: skip
+        elif what != "jobs":
             cells.append({"what": what, **common, "cap_gib": None if what in UNCAPPED else args.cap_gib})
-            continue
-        for mode in args.modes:
-            if "plain" in args.arms:
-                cells.append({"what": "plain", "mode": mode, "precision": "bf16", **job})
-            if "ours" in args.arms:
-                cells += [{"what": "ours", "mode": mode, "precision": p, **job} for p in args.precision]
     return cells
 
 
-def _in_a_process(cell: dict[str, Any]) -> dict[str, Any] | None:
-    """A fresh process: its memory, its compiler, its clocks. None, and the reason on stderr, if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        # Fragments would cost 1 to 2 GiB of the cap; the worker's image sets the same.
-        environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        command = [sys.executable, "-m", "bench", "--cell", json.dumps(cell), "--json", str(answer)]
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        if code != 0:
-            print(f"bench: {cell['what']} failed with exit code {code}", file=sys.stderr)
-            return None
-        return dict(json.loads(answer.read_text()))
+def _rows(args: argparse.Namespace) -> list[Row]:
+    """The lines of the jobs' tables: arms, and for ours the variants of the request that one process serves."""
+    if "jobs" not in args.what:
+        return []
+    rows = []
+    for mode in args.modes:
+        job = {"mode": mode, **_common(args), **_levers(args)}
+        layouts = args.layout if mode == "svi_endframe" else [None]
+        if "plain" in args.arms:
+            rows.append(Row({"what": "plain", **job, "precision": "bf16"}, None, args.steps))
+        if "ours" in args.arms:
+            for precision in args.precision:
+                cell = {"what": "ours", **job, "precision": precision}
+                rows += [Row(cell, layout, args.steps) for layout in layouts]
+    for row in rows:
+        try:
+            JOBS[row.cell["mode"]].changes(row.layout, row.steps)
+        except ValueError as error:
+            raise SystemExit(f"bench: {error}") from error
+    return rows
 
 
-def _child(cell: dict[str, Any], answer: Path) -> int:
+def _common(args: argparse.Namespace) -> Cell:
+    return {"twins": str(args.twins), "cap_gib": args.cap_gib, "size": args.size}
+
+
+def _levers(args: argparse.Namespace) -> Cell:
+    cache_dir = None if args.cache_dir is None else str(args.cache_dir)
+    return {"attention": args.attention, "compile": not args.no_compile, "cache_dir": cache_dir}
+
+
+def _child(cell: Cell, answers: int) -> int:
     import torch
 
-    if not torch.cuda.is_available():
-        raise SystemExit("bench: seconds are measured on a CUDA card; --cpu-counts needs none")
-    from bench.cells import run
+    if cell["size"] == "full" and not torch.cuda.is_available():
+        raise SystemExit("bench: seconds are measured on a CUDA card; --cpu-counts and --size twin need none")
+    from bench.cells import serve
 
-    answer.write_text(json.dumps({**cell, **run(cell)}, default=_plain))
+    with open(answers, "w") as pipe:
+        serve(cell, sys.stdin, pipe)
     return 0
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return str(value)
 
 
 if __name__ == "__main__":

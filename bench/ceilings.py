@@ -36,7 +36,7 @@ class Ceilings:
 
 def measure(device: str = "cuda") -> Ceilings:
     """Random numbers, since a card runs faster on zeros. About 10 s."""
-    return Ceilings(_products(device), _attention(device), _copy(device))
+    return Ceilings(_products(device), _attention(device), copy_gb_s(device))
 
 
 def _products(device: str) -> dict[str, float]:
@@ -68,7 +68,8 @@ def _attention(device: str) -> dict[str, float]:
     return rates
 
 
-def _copy(device: str) -> float:
-    host = torch.empty(COPY_BYTES, dtype=torch.uint8).pin_memory()
+def copy_gb_s(device: str) -> float:
+    """Of one page-locked copy from host to card; on a CPU of any copy."""
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
     card = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     return COPY_BYTES / seconds(lambda: card.copy_(host, non_blocking=True)) / 1e9

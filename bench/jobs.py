@@ -4,6 +4,9 @@ Every run has a new prompt and new pictures, so that nothing an arm remembers fr
 Pictures are grain, weights are random.
 """
 
+import base64
+import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from engine.backends import Task
 from engine.geometry import VideoShape
 from engine.profile import Profile
 from engine.settings import Settings
-from engine.weights import Parts
+from engine.weights import MANIFEST, Parts
 from schemas.input_schema import parse_request
 
 GIB = 2**30
@@ -54,8 +57,39 @@ class Job:
     def task(self, profile: Profile, number: int, changes: Mapping[str, Any] = MappingProxyType({})) -> Task:
         return Task(profile, parse_request({**self.take(number), **changes}), SEED, self.given(number))
 
+    def whole(self, number: int, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """The payload as a client posts it, its pictures in it."""
+        sent = {name: data_uri(image) for name, image in self.given(number).items()}
+        return {**self.take(number), **sent, **changes}
+
+    def changes(self, layout: str | None, steps: int | None, *, is_small: bool = False) -> dict[str, Any]:
+        """What a variant's request says differently. `layout`: of LAYOUTS, None where the mode has none.
+
+        Raises:
+            ValueError: the mode has no such layout, or no number of steps that could be set.
+        """
+        if layout is not None and self.mode != "svi_endframe":
+            raise ValueError(f"{self.mode} has no layouts")
+        if steps is not None and self.mode == "image":
+            raise ValueError("image has two numbers of steps; it is measured with its own")
+        return {
+            **(self.small if is_small else {}),
+            **(LAYOUTS[layout] if layout is not None else {}),
+            **({"num_inference_steps": steps} if steps is not None else {}),
+        }
+
 
 VIDEO_480P = VideoShape(81, 480, 832)
+
+LAYOUTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "svi_latent": {},
+        "flf": {"layout": "flf"},
+        "window": {"frame_policy": "window"},
+    }
+)
+"""Ways of the same 81 frames. svi_latent: 22 latent frames, all 81 returned. flf: 21, the arithmetic that plain
+diffusers does. window: svi_latent with 21 and 78 frames returned."""
 
 JOBS = {
     "svi_endframe": Job(
@@ -92,6 +126,31 @@ def located(mode: str, twins: Path) -> tuple[Profile, Parts]:
     """The mode's profile as a customer runs it, and the twin's parts of it."""
     profile = profiles.resolve(parse_request(JOBS[mode].payload))
     return profile, weights.locate(profile, Settings(weights_dir=twins)).parts()
+
+
+def as_real(profile: Profile, twins: Path, folder: Path) -> Path:
+    """Make `folder` a weights folder in which the twin of `profile` passes for the real one; returns it.
+
+    For handler.run: it finds a profile by its files, and the models it then asks for are loaded already.
+    """
+    twins = twins.resolve()
+    for entry in twins.iterdir():
+        if entry.name != profile.folder:
+            (folder / entry.name).symlink_to(entry)
+    (folder / profile.folder).mkdir()
+    for entry in (twins / profile.folder).iterdir():
+        if entry.name != MANIFEST:
+            (folder / profile.folder / entry.name).symlink_to(entry)
+    manifest = weights.read_manifest(twins / profile.folder / MANIFEST)
+    (folder / profile.folder / MANIFEST).write_text(json.dumps({**manifest, "twin": False}))
+    return folder
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture as clients send it, PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def picture(seed: int, shape: VideoShape) -> Image.Image:

@@ -13,10 +13,11 @@ from bench.ceilings import Ceilings
 from bench.timing import begin_peak, peak_reserved_gib, seconds
 from bench.work import TERA, TEXT_TOKENS, Forward, forward_work
 from engine import attention
+from engine.card import Levers
 from engine.compiling import CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8_check import kernel_calls, self_test, snr_db
-from engine.speed import narrow, precision_of
+from engine.speed import accelerate, narrow, precision_of
 
 LATENT = LatentShape(21, 60, 104)  # 81 frames of 480 x 832
 REPEATS = 5
@@ -93,6 +94,8 @@ class Ladder:
             narrow(self._model, kind, self._device)
             self._rung(f"+ {kind}, eager")
             self._compiled(f"+ {kind}, compile")
+            accelerate([self._model], self._device, Levers(compile=False))
+            self._compiled("+ all that a worker does")
         return self.rungs
 
     def _compiled(self, name: str) -> None:

@@ -21,7 +21,8 @@ from diffusers.utils import export_to_video
 
 from bench.jobs import JOBS, SEED, Job, located
 from bench.ours import CardParts
-from bench.timing import Watch, WatchedParts
+from bench.watch import Watch, WatchedParts
+from engine.geometry import VideoShape
 
 EXPERT_BOUNDARY = 0.9  # of 1000: the first two points of the 6-step grid run on the first expert
 
@@ -29,24 +30,27 @@ EXPERT_BOUNDARY = 0.9  # of 1000: the first two points of the 6-step grid run on
 class Arm:
     """Pipelines built once, warm after the first `run`."""
 
-    def __init__(self, mode: str, twins: Path, watch: Watch) -> None:
+    def __init__(self, mode: str, twins: Path, watch: Watch, *, is_small: bool = False) -> None:
+        """`is_small`: the twin's weights and sizes, for a CPU."""
         self.job: Job = JOBS[mode]
         self.notes: tuple[str, ...] = ()
         self._number = 0
+        self._is_small = is_small
         profile, rest = located(mode, twins)
-        parts = WatchedParts(CardParts(profile, rest), watch)
+        parts = WatchedParts(rest if is_small else CardParts(profile, rest), watch)
         self._pipelines = {"svi_endframe": _svi, "video": _video, "image": _image}[mode](parts)
         self._fps = profile.fps
         for pipeline in self._pipelines:
             pipeline.set_progress_bar_config(disable=True)
-            pipeline.enable_model_cpu_offload()
+            if torch.cuda.is_available():
+                pipeline.enable_model_cpu_offload()
 
     @torch.inference_mode()
-    def run(self) -> dict[str, float]:
-        """One job; its stages: the pipeline as a whole, and the file."""
+    def run(self, layout: str | None = None, steps: int | None = None) -> dict[str, float]:  # noqa: ARG002 one way only
+        """One job; its stages: the pipeline as a whole, and the file. The pipeline has one layout, that of `flf`."""
         self._number += 1
         started = time.perf_counter()
-        made = self._image() if self.job.mode == "image" else self._video()
+        made = self._image() if self.job.mode == "image" else self._video(steps)
         piped = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             if self.job.mode == "image":
@@ -58,26 +62,27 @@ class Arm:
     def in_effect(self) -> dict[str, Any]:
         """What diffusers does by itself."""
         precision = "fp16" if self.job.mode == "image" else "bfloat16"
-        return {"precision": precision, "attention": "diffusers' own", "graphs": 0}
+        return {"precision": precision, "attention": "diffusers' own", "linear8": "", "graphs": 0}
 
     def close(self) -> None:
         for pipeline in self._pipelines:
             pipeline.remove_all_hooks()
         self._pipelines = ()
 
-    def _video(self) -> Any:
-        shape, words = self.job.shape, self.job.take(self._number)
+    def _video(self, steps: int | None) -> Any:
+        words = self.job.take(self._number)
+        shape = VideoShape(13, 64, 64) if self._is_small else self.job.shape
         start, *ends = self.job.given(self._number).values()
         end = {"last_image": ends[0]} if ends else {}
-        steps = {"svi_endframe": (6, 1.0), "video": (words.get("num_inference_steps"), 5.0)}[self.job.mode]
+        usual = {"svi_endframe": (6, 1.0), "video": (words.get("num_inference_steps"), 5.0)}[self.job.mode]
         return self._pipelines[0](
             image=start,
             prompt=words["prompt"],
             height=shape.height,
             width=shape.width,
             num_frames=shape.frames,
-            num_inference_steps=steps[0],
-            guidance_scale=steps[1],
+            num_inference_steps=usual[0] if steps is None else steps,
+            guidance_scale=usual[1],
             generator=torch.Generator("cpu").manual_seed(SEED),
             **end,
         ).frames[0]
@@ -85,8 +90,9 @@ class Arm:
     def _image(self) -> Any:
         base, refiner = self._pipelines
         prompt = self.job.take(self._number)["prompt"]
+        size = {"height": 64, "width": 64} if self._is_small else {}
         latents = base(
-            prompt=prompt, num_inference_steps=25, guidance_scale=7.5, output_type="latent",
+            prompt=prompt, **size, num_inference_steps=25, guidance_scale=7.5, output_type="latent",
             generator=torch.Generator("cpu").manual_seed(SEED),
         ).images  # fmt: skip
         return refiner(prompt=prompt, image=latents, num_inference_steps=50, strength=0.3).images

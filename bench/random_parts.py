@@ -13,6 +13,7 @@ import torch
 from engine.parts import fill, run_dtype
 from engine.profile import Component, Profile
 from engine.published import published_model
+from engine.residency import is_transformer
 from engine.weights import Parts
 
 DEVIATION = 0.02  # of every matrix and convolution: keeps forty blocks finite in bf16
@@ -20,11 +21,15 @@ DEVIATION = 0.02  # of every matrix and convolution: keeps forty blocks finite i
 
 @dataclass(frozen=True)
 class RandomParts:
-    """The Parts of `profile`, drawn from `seed`. `rest`: where what holds no tensors comes from."""
+    """The Parts of `profile`, drawn from `seed`. `rest`: where what holds no tensors comes from.
+
+    `blocks`: of each transformer, fewer than published; every block is of its full size.
+    """
 
     profile: Profile
     rest: Parts
     seed: int = 0
+    blocks: int | None = None
 
     def load(self, name: str, device: str = "cpu") -> Any:
         """The component `name`; see engine.weights.Parts. The same seed gives the same weights on one device."""
@@ -32,6 +37,8 @@ class RandomParts:
         if component.dtype is None:
             return self.rest.load(name, device)
         model = published_model(component)
+        if self.blocks is not None and is_transformer(name):
+            del model.blocks[self.blocks :]
         generator = torch.Generator(device).manual_seed(self.seed + zlib.crc32(component.folder.encode()))
         tied = dict(component.tied)
         state = {

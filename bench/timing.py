@@ -1,138 +1,68 @@
-"""Clocks and counters around a job: seconds of each call of a model, stages, memory, bytes over the bus."""
+"""Clocks and gauges: seconds on the card's own clock, memory of the card and of the host."""
 
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench.jobs import GIB
-from engine.geometry import LatentShape
 
-WATCHED = ("transformer", "transformer_2", "unet", "refiner_unet", "text_encoder", "image_encoder")
-
-
-@dataclass
-class Sample:
-    """One job."""
-
-    seconds: float
-    stages_s: dict[str, float] = field(default_factory=dict)
-    calls_s: dict[str, list[float]] = field(default_factory=dict)
-    peak_reserved_gib: float = 0.0
-    notes: tuple[str, ...] = ()
-
-    def forwards_s(self) -> list[float]:
-        """Seconds of every forward of a transformer or UNet."""
-        return [s for name, calls in self.calls_s.items() if name not in WATCHED[4:] for s in calls]
-
-
-class Watch:
-    """Seconds of every call of the modules it follows, on the card's own clock; on the CPU's where there is none."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        """Of the last forward of a video transformer: what it really worked on, not what the request looks like."""
-        self._marks: list[tuple[str, Any, Any]] = []
-        self._open: dict[str, Any] = {}
-
-    def follow(self, name: str, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda _, args, kwargs: self._begin(name, args, kwargs), with_kwargs=True)
-        module.register_forward_hook(lambda *_: self._end(name))
-
-    def take(self) -> dict[str, list[float]]:
-        """What was seen since the last time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        calls: dict[str, list[float]] = {}
-        for name, begin, end in self._marks:
-            calls.setdefault(name, []).append(between(begin, end))
-        self._marks.clear()
-        return calls
-
-    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shown = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(shown, torch.Tensor) and shown.dim() == 5:  # (1, c, T, h, w)
-            self.tokens = LatentShape(*shown.shape[2:]).tokens
-        self._open[name] = mark()
-
-    def _end(self, name: str) -> None:
-        self._marks.append((name, self._open.pop(name), mark()))
+MIB = 2**20
 
 
 @dataclass(frozen=True)
-class WatchedParts:
-    """Parts whose models are followed from the moment they are loaded, and kept to be looked at."""
+class Memory:
+    """Around one job. What torch's allocator took from the card (reserved) and gave to tensors (allocated)."""
 
-    parts: Any
-    watch: Watch
-    models: dict[str, nn.Module] = field(default_factory=dict)
-
-    @property
-    def profile(self) -> Any:
-        return self.parts.profile
-
-    def load(self, name: str, device: str = "cpu") -> Any:
-        part = self.parts.load(name, device)
-        if name in WATCHED:
-            self.watch.follow(name, part)
-            self.models[name] = part
-        return part
+    peak_reserved_gib: float
+    peak_allocated_gib: float
+    reserved_mib: float
+    """After the job, like the next two."""
+    allocated_mib: float
+    host_mib: float
+    """Of the process, resident in host memory."""
 
 
-def sample(run: Callable[[], dict[str, float]], watch: Watch) -> Sample:
-    """Run one job; `run` returns its stages."""
-    watch.take()
-    begin_peak()
-    started = time.perf_counter()
-    stages = run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return Sample(seconds, stages, watch.take(), peak_reserved_gib())
-
-
-def peak_reserved_gib() -> float:
-    """The most that torch's allocator held since `begin_peak`; what the card really gave away."""
-    return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values) if values else float("nan")
-
-
-def bytes_to_device(run: Callable[[], object]) -> int:
-    """Host-to-device bytes of one run, read from the profiler's record of copies. The run is slower for it."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        return copied_bytes(json.loads(trace.read_text()))
-
-
-def copied_bytes(trace: dict[str, Any]) -> int:
-    """Host-to-device bytes in a profiler trace (chrome format)."""
-    return sum(
-        int(event["args"]["bytes"])
-        for event in trace["traceEvents"]
-        if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]
+def memory() -> Memory:
+    """Peaks are those since `restart_peak` or `begin_peak`; 0 for a card that is not there."""
+    host = _resident_mib()
+    if not torch.cuda.is_available():
+        return Memory(0.0, 0.0, 0.0, 0.0, host)
+    return Memory(
+        torch.cuda.max_memory_reserved() / GIB,
+        torch.cuda.max_memory_allocated() / GIB,
+        torch.cuda.memory_reserved() / MIB,
+        torch.cuda.memory_allocated() / MIB,
+        host,
     )
 
 
+def restart_peak() -> None:
+    """Peaks count from here. The allocator keeps what it has, as it does between two jobs of a worker."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def begin_peak() -> None:
-    """What the allocator holds from here on counts for `peak_reserved_gib`."""
+    """As `restart_peak`, and the allocator's unused memory goes back first: for a measurement that stands alone."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def peak_reserved_gib() -> float:
+    """The most that torch's allocator held since the peaks were last reset; what the card really gave away."""
+    return memory().peak_reserved_gib
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")
 
 
 def mark() -> Any:
@@ -162,3 +92,10 @@ def seconds(run: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> f
         run()
         spent.append(between(begin, mark()))
     return median(spent)
+
+
+def _resident_mib() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.geometry import VideoShape
+
 
 @dataclass(frozen=True)
 class Levers:
@@ -21,3 +23,5 @@ class Card:
     budget_bytes: int
     precision: str | None = None
     levers: Levers = Levers()
+    shape: VideoShape | None = None
+    """Of one clip: the largest that there must be room for. None: the profile's own."""

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.conditioning import LAYOUTS
-from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
+from engine.geometry import VAE_STRIDE_T, clip_lengths, frames_advice, is_legal_frames
 from schemas.errors import InvalidInput, Problem
 
 MAX_CLIP_FRAMES = 81  # SVI was trained on it; beyond, colours fade and the motion runs back to the first frame
@@ -174,8 +174,7 @@ def _lengths(wish: Wish) -> tuple[int, ...]:
     count = fewest if wish.segments is None else wish.segments
     if not fewest <= count <= most:
         raise _refuse("segments", f"must be {fewest} to {most} for {wish.frames} frames, got {count}")
-    groups = (wish.frames + repeated * (count - 1) - count) // VAE_STRIDE_T
-    return tuple(1 + VAE_STRIDE_T * (groups // count + (i < groups % count)) for i in range(count))
+    return clip_lengths(wish.frames, count, wish.overlap)
 
 
 def _clip(wish: Wish, i: int, frames: int, is_last: bool) -> Clip:

@@ -120,6 +120,17 @@ def condition(name: str, latent_frames: int, given: Given, encode: Encode, filli
     return torch.cat([mask, latents], dim=1)
 
 
+def start_condition(start: Tensor, frames: int, encode: Encode) -> Tensor:
+    """Plain image-to-video, which has no layout: E([start | zeros]) in one pass, and frame 0 known.
+
+    `start`: pixels (1, 3, 1, H, W). Returns `y` for `frames` pixel frames as `condition` does.
+    """
+    height, width = start.shape[3:]
+    known = encode(torch.cat([start, start.new_zeros(1, 3, frames - 1, height, width)], dim=2))
+    mask = known_mask(known.shape[2]).to(known)[None, :, :, None, None].expand(1, -1, -1, *known.shape[3:])
+    return torch.cat([mask, known], dim=1)
+
+
 def _anchor_latents(latent_frames: int, given: Given, encode: Encode, filling: Filling) -> Tensor:
     """[E(anchor) | motion | empty | E(end)], put together in latent space; motion and end where given."""
     anchor = encode(given.anchor)

@@ -26,11 +26,13 @@ Hooks must stay outside compiled code: compile `block.forward`, not the block (s
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from engine.arrival import Coming
 from engine.packing import BLOCKS, HostCopy, layout, point_at
 
 
@@ -53,19 +55,33 @@ class FixedExperts:
 
     bytes_moved = 0
 
-    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+    def __init__(self, models: Mapping[str, nn.Module], coming: Mapping[str, Coming] = MappingProxyType({})) -> None:
+        """`coming`: those of the experts whose weights are still being read."""
         self._models = dict(models)
+        self._coming = dict(coming)
 
     @contextmanager
     def use(self, expert: str, forwards: int = 0, then: str | None = None) -> Iterator[nn.Module]:  # noqa: ARG002 no hint is needed here
-        yield self._models[expert]
+        model = self._models[expert]
+        with ExitStack() as hooks:
+            if expert in self._coming:
+                for handle in self._coming[expert].hold_back(model):
+                    hooks.callback(handle.remove)
+            yield model
 
 
 class RollingExperts:
     """Experts of one architecture that share one set of buffers on the card. The modules given are taken over."""
 
-    def __init__(self, experts: Mapping[str, nn.Module], device: str, slots: int | None = None) -> None:
-        """`slots`: blocks that the card holds at a time; all of them if None.
+    def __init__(
+        self,
+        experts: Mapping[str, nn.Module],
+        device: str,
+        slots: int | None = None,
+        coming: Mapping[str, tuple[HostCopy, Coming]] = MappingProxyType({}),
+    ) -> None:
+        """`slots`: blocks that the card holds at a time; all of them if None. `coming`: where those of the experts
+        stand that are still being read; the others are whole, and are copied.
 
         Raises:
             ValueError: the experts differ in layout, or fewer slots than blocks and the blocks differ.
@@ -81,7 +97,11 @@ class RollingExperts:
         self.bytes_moved = 0
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         with torch.inference_mode(False):  # an inference tensor could not be copied into outside that mode
-            self._host = {name: HostCopy(model, self._pieces, device) for name, model in experts.items()}
+            self._coming = {name: of for name, (_, of) in coming.items()}
+            self._host = {
+                name: coming[name][0] if name in coming else HostCopy.of(model, self._pieces, device)
+                for name, model in experts.items()
+            }
             self._card = [
                 torch.empty(piece.size_bytes, dtype=torch.uint8, device=device)
                 for piece in self._pieces[: 2 + self._slots]
@@ -110,15 +130,20 @@ class RollingExperts:
             yield self.model
 
     def prefetch(self, expert: str) -> None:
-        """Start bringing `expert` in; its first forward waits for each piece as it needs it."""
+        """Start bringing in what is read of `expert`; its first forward waits for each piece as it needs it."""
         for i in range(len(self._card)):
-            self.place(expert, i)
+            self.prepare(expert, i)
 
     def repair(self, expert: str) -> int:
         """After any failure: forget half-made copies and bring `expert` in whole. Returns the bytes copied for it."""
         before = self.bytes_moved
         self.prefetch(expert)
         return self.bytes_moved - before
+
+    def prepare(self, expert: str, i: int) -> None:
+        """`place`, unless the piece is still being read: then it is placed by whoever needs it."""
+        if expert not in self._coming or self._coming[expert].is_there(i):
+            self.place(expert, i)
 
     def place(self, expert: str, i: int) -> None:
         """Copy piece `i` of `expert` into its slot once the card has done all work given to it so far."""
@@ -138,7 +163,9 @@ class RollingExperts:
         self.bytes_moved += self._pieces[i].size_bytes
 
     def arrive(self, expert: str, i: int) -> None:
-        """Make the card's next work wait until piece `i` of `expert` is there."""
+        """Make the card's next work wait until piece `i` of `expert` is there, and the host until it is read."""
+        if expert in self._coming:
+            self._coming[expert].wait(i)
         self.place(expert, i)
         slot = self._slot(i)
         arrival, self._arrival[slot] = self._arrival[slot], None
@@ -180,9 +207,12 @@ class _Turn:
         model = self._experts.model
         yield model.register_forward_pre_hook(self._before_model)
         yield model.register_forward_hook(self._after_model)
-        for i, block in enumerate(model.get_submodule(BLOCKS.rstrip(".")).children()):
+        blocks = list(model.get_submodule(BLOCKS.rstrip(".")).children())
+        for i, block in enumerate(blocks):
             yield block.register_forward_pre_hook(lambda *_, i=i: self._experts.arrive(self._expert, 2 + i))
             yield block.register_forward_hook(lambda *_, i=i: self._after_block(i))
+        # What stands after the blocks is last in the file too: not to be waited for before they run.
+        yield blocks[-1].register_forward_hook(lambda *_: self._experts.arrive(self._expert, 1))
 
     @property
     def _is_last(self) -> bool:
@@ -193,7 +223,6 @@ class _Turn:
         if self._forwards and self._calls > self._forwards:
             raise RuntimeError(f"expert {self._expert} was announced for {self._forwards} forwards and is called again")
         self._experts.arrive(self._expert, 0)
-        self._experts.arrive(self._expert, 1)
 
     def _after_block(self, i: int) -> None:
         following, is_next_forward = self._experts.next_in_slot(i)
@@ -201,10 +230,10 @@ class _Turn:
         if is_next_forward and self._is_last:
             expert = self._then
         if expert is not None:
-            self._experts.place(expert, 2 + following)
+            self._experts.prepare(expert, 2 + following)
         if i == 0 and self._is_last and self._then is not None:
-            self._experts.place(self._then, 0)
+            self._experts.prepare(self._then, 0)
 
     def _after_model(self, *_: object) -> None:
         if self._is_last and self._then is not None:
-            self._experts.place(self._then, 1)
+            self._experts.prepare(self._then, 1)

@@ -14,18 +14,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import Any, cast
 
 from engine.addresses import Address, Allowed, may_connect, parse_allowed
+from engine.connection import Deadline, Resolve, connect, look_up, system_resolver
 from engine.urls import Target, parse_url
 from schemas.errors import FetchFailed
 
-Resolve = Callable[[str, int], list[str]]
-"""Host and port -> its addresses as text. Called once a hop, in a thread, and may raise OSError."""
-
 MAX_REDIRECTS = 3
-MAX_LOOKUPS = 8  # lookups still running, the abandoned ones included
 HEAD_BYTES = 2**18  # of one hop: status lines and headers, interim answers included
 FRAMING_FACTOR = 2  # bytes on the wire a byte of body, at most; honest chunks add a thousandth
 CHUNK_BYTES = 2**16
@@ -35,14 +31,7 @@ TOO_SLOW = "the URL took too long to read"
 CUT_SHORT = "the URL's body ended early or is malformed"
 
 _log = logging.getLogger(__name__)
-_lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-
-def system_resolver(host: str, port: int) -> list[str]:
-    """Every address the system gives for a name or for any spelling of an address."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 
 def fetch(
@@ -105,20 +94,6 @@ class FetchBudget:
                 self._left_s -= time.monotonic() - started
             self._left_bytes -= len(body)
             return body
-
-
-class Deadline:
-    """One wall clock for everything a fetch does."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._ends = time.monotonic() + timeout_s
-
-    def left_s(self) -> float:
-        """Seconds left, more than zero. Raises TimeoutError when there are none."""
-        left_s = self._ends - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError
-        return left_s
 
 
 class _Wire(io.RawIOBase):
@@ -191,9 +166,9 @@ def _checked_addresses(
 ) -> list[Address]:
     """Every address of the host, all of them allowed. The only lookup of this hop."""
     try:
-        addresses = [ip_address(text) for text in _look_up(target, deadline, resolve)]
-    except (OSError, ValueError) as error:  # ValueError: UnicodeError of a name that no resolver can carry
-        _log.info("fetch: %s did not resolve (%s)", target.host, type(error).__name__)
+        addresses = look_up(target, deadline, resolve)
+    except OSError as error:
+        _log.info("fetch: %s did not resolve (%s)", target.host, type(error.__cause__ or error).__name__)
         raise FetchFailed(UNREACHABLE) from error
     if not may_connect(target.host, target.port, addresses, allowed):
         _log.warning("fetch: %s port %d is not allowed", target.host, target.port)
@@ -201,56 +176,14 @@ def _checked_addresses(
     return addresses
 
 
-def _look_up(target: Target, deadline: Deadline, resolve: Resolve) -> list[str]:
-    """Resolve in a thread of its own: a lookup cannot be interrupted, so at the deadline it is left behind.
-
-    Those left behind are bounded; each ends when the system's resolver gives up.
-    """
-    if not _lookups.acquire(timeout=deadline.left_s()):
-        raise TimeoutError
-    found: list[str] = []
-    failure: list[OSError | ValueError] = []
-
-    def look_up() -> None:
-        try:
-            found.extend(resolve(target.host, target.port))
-        except (OSError, ValueError) as error:
-            failure.append(error)
-        finally:
-            _lookups.release()
-
-    thread = threading.Thread(target=look_up, name="fetch-lookup", daemon=True)
-    thread.start()
-    thread.join(deadline.left_s())
-    if thread.is_alive():
-        raise TimeoutError
-    if failure:
-        raise failure[0]
-    return found
-
-
 def _connect(target: Target, addresses: list[Address], deadline: Deadline) -> socket.socket:
-    """Connect to the first address that answers; each gets an equal share of the time that is left."""
-    for index, address in enumerate(addresses):
-        connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
-        try:
-            connection.settimeout(deadline.left_s() / (len(addresses) - index))
-            connection.connect((str(address), target.port))
-            return _encrypt(connection, target, deadline) if target.scheme == "https" else connection
-        except ssl.SSLCertVerificationError as error:
-            connection.close()
-            raise FetchFailed("the URL's server has no valid certificate") from error
-        except OSError as error:
-            connection.close()
-            _log.info("fetch: %s did not answer (%s)", target.host, type(error).__name__)
-    raise FetchFailed(UNREACHABLE)
-
-
-def _encrypt(connection: socket.socket, target: Target, deadline: Deadline) -> socket.socket:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    connection.settimeout(deadline.left_s())
-    return context.wrap_socket(connection, server_hostname=target.host)
+    try:
+        return connect(target, addresses, deadline)
+    except ssl.SSLCertVerificationError as error:
+        raise FetchFailed("the URL's server has no valid certificate") from error
+    except OSError as error:
+        _log.info("fetch: %s did not answer (%s)", target.host, type(error).__name__)
+        raise FetchFailed(UNREACHABLE) from error
 
 
 def _ask(target: Target, wire: _Wire) -> http.client.HTTPResponse:

@@ -1,5 +1,8 @@
 """Float pixels of a decoder -> the bytes of a picture or video, refusing what has no colour."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +14,26 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+AHEAD = 4  # chunks in flight from a card: it computes the next while the host takes these; 4.8 MB each at 832x480
+
+
+def stream_uint8(chunks: Iterable[Tensor]) -> "Iterator[np.ndarray]":
+    """`to_uint8` of each chunk (C, F, H, W), in their order.
+
+    A card does not wait for the host: bytes go through page-locked memory while the next chunks are computed.
+
+    Raises:
+        BadOutput: as `to_uint8`, when the chunk's turn comes.
+    """
+    sent: deque[_Sent] = deque()
+    for frames in chunks:
+        sent.append(_send(frames))
+        if len(sent) > (AHEAD if frames.is_cuda else 0):
+            yield sent.popleft().receive()
+    while sent:
+        yield sent.popleft().receive()
+
+
 def to_uint8(frames: Tensor) -> "np.ndarray":
     """(C, F, H, W) float in [-1, 1] on any device -> (F, H, W, C) uint8, rounded to the nearest level.
 
@@ -19,10 +42,37 @@ def to_uint8(frames: Tensor) -> "np.ndarray":
     Raises:
         BadOutput: a value is NaN or infinite. Cast to bytes it would become black without a word.
     """
-    if not torch.isfinite(frames).all():
-        raise BadOutput("the model made pixels that are no numbers; another seed or precision may help")
+    return _send(frames).receive()
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Bytes on their way to the host. `arrival` is None where they did not have to travel."""
+
+    levels: Tensor
+    is_finite: Tensor
+    arrival: torch.cuda.Event | None
+
+    def receive(self) -> "np.ndarray":
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        if not self.is_finite:
+            raise BadOutput("the model made pixels that are no numbers; another seed or precision may help")
+        return self.levels.numpy()
+
+
+def _send(frames: Tensor) -> _Sent:
+    is_finite = torch.isfinite(frames).all()
     levels = frames.float().mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    levels = levels.permute(1, 2, 3, 0).contiguous()
+    if not frames.is_cuda:
+        return _Sent(levels, is_finite, None)
+    # The allocator of page-locked memory does not give a block away before the copy into it has ended.
+    here = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True).copy_(levels, non_blocking=True)
+    verdict = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_finite, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(frames.device))
+    return _Sent(here, verdict, arrival)
 
 
 def image_to_uint8(image: Tensor) -> "np.ndarray":

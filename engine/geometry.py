@@ -60,6 +60,15 @@ def frames_advice(frames: int) -> str:
     return f"must be 4k + 1; the nearest are {below} and {above}"
 
 
+def clip_lengths(frames: int, clips: int, overlap: int) -> tuple[int, ...]:
+    """Divide a film of `frames` into `clips` of about equal length, the longer ones first; each is 4k + 1.
+
+    Every clip but the first begins on the anchor's frame and the `overlap` frames of the clip before.
+    """
+    groups = (frames + (1 + overlap) * (clips - 1) - clips) // VAE_STRIDE_T
+    return tuple(1 + VAE_STRIDE_T * (groups // clips + (i < groups % clips)) for i in range(clips))
+
+
 def fit_area(aspect: float, max_area: int, multiple: int = SIZE_MULTIPLE) -> tuple[int, int]:
     """The (height, width) on the grid of `multiple` with width / height nearest to `aspect` and area <= max_area.
 

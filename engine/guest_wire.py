@@ -1,27 +1,27 @@
 """How requests reach a stranger's S3 endpoint: to a checked address, within one wall clock, with a counted answer.
 
 The operator's own endpoint goes through botocore's pool. One that came in a request could answer with another address
-at its second lookup, a byte a minute, or without an end; here it gets what `engine.fetch` gives a stranger's URL. One
-connection a request: a guest's job makes about five.
+at its second lookup, a byte a minute, or without an end, and its name could take minutes to resolve; here it gets what
+`engine.fetch` gives a stranger's URL. One connection a request: a guest's job makes about five.
 """
 
 import http.client
 import io
 import socket
-import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any, cast
 
 from engine.addresses import may_connect, parse_allowed
-from engine.fetch import Deadline, system_resolver
+from engine.connection import Deadline, connect, look_up, system_resolver
 from engine.s3_errors import StoreRefused
 from engine.urls import Target, parse_url
 from schemas.errors import FetchFailed
 
 REQUEST_S = 120.0
 """Wall clock of one request: name, connection, an 8 MiB part on its way up, and the answer's head and body."""
+REACH_S = 15.0
+"""Of these, name, connection and TLS handshake."""
 HEAD_BYTES = 2**18
 BODY_BYTES = 2**20
 """Largest answer that is kept in memory: error documents and lists of uploads."""
@@ -42,7 +42,7 @@ class GuestWire:
             target = parse_url(request.url)
         except FetchFailed as error:
             raise StoreRefused(error.sentence) from error
-        connection = _connect(target, deadline, self.allow)
+        connection = self._reach(target)
         try:
             response = _exchange(connection, target, request, deadline)
         except BaseException:
@@ -51,26 +51,13 @@ class GuestWire:
         body = _Body(connection, response, None if request.stream_output else BODY_BYTES)
         return AWSResponse(request.url, response.status, dict(response.headers.items()), body)
 
-
-def _connect(target: Target, deadline: Deadline, allow: tuple[str, ...]) -> socket.socket:
-    """Look the host up once, refuse it unless every address may be reached, connect to one of those."""
-    addresses = [ip_address(text) for text in system_resolver(target.host, target.port)]
-    if not may_connect(target.host, target.port, addresses, parse_allowed(allow)):
-        raise StoreRefused("the store is not allowed; check s3Config.endpointUrl")
-    address = addresses[0]
-    connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
-    try:
-        connection.settimeout(min(deadline.left_s(), 10.0))
-        connection.connect((str(address), target.port))
-        return _encrypt(connection, target) if target.scheme == "https" else connection
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _encrypt(connection: socket.socket, target: Target) -> socket.socket:
-    context = ssl.create_default_context()
-    return context.wrap_socket(connection, server_hostname=target.host)
+    def _reach(self, target: Target) -> socket.socket:
+        """Look the host up once, refuse it unless every address may be reached, connect to one of those."""
+        deadline = Deadline(min(REACH_S, REQUEST_S))
+        addresses = look_up(target, deadline, system_resolver)
+        if not may_connect(target.host, target.port, addresses, parse_allowed(self.allow)):
+            raise StoreRefused("the store is not allowed; check s3Config.endpointUrl")
+        return connect(target, addresses, deadline)
 
 
 def _exchange(connection: socket.socket, target: Target, request: Any, deadline: Deadline) -> http.client.HTTPResponse:

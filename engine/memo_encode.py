@@ -39,7 +39,24 @@ from torch import Tensor, nn
 CHUNK = 4  # pixel frames a chunk after the first one, which is 1 (AutoencoderKLWan._encode)
 KEPT = 2  # frames that a causal convolution of length 3 looks back (CACHE_T in autoencoder_kl_wan)
 
-Kept = list[Tensor | None]
+
+class Kept:
+    """The frames that the convolutions of one stage keep, by index as diffusers' blocks read and write them.
+
+    Each is compared when it is replaced, so that no stage holds the old and the new ones at once.
+    """
+
+    def __init__(self, convolutions: int) -> None:
+        self.has_changed = False
+        """Since somebody last set it to False."""
+        self._frames: list[Tensor | None] = [None] * convolutions
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self._frames[index]
+
+    def __setitem__(self, index: int, frames: Tensor) -> None:
+        self.has_changed = self.has_changed or not _same(self._frames[index], frames)
+        self._frames[index] = frames
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,9 @@ class Chunk:
     """What passes from stage to stage. Two chunks are the same if they are this very object."""
 
     frames: Tensor | None
-    """(1, c, f, h, w); None once the stage that takes it has settled on it, so that it holds no memory."""
+    """(1, c, f, h, w); None once the stage that takes it will not run on it again, so that it holds no memory."""
+    comes_again: bool
+    """Whether it may be handed on a second time: it is the input's, or its maker has settled on it."""
 
 
 @dataclass
@@ -75,12 +94,16 @@ class Stage:
         if chunk is self.given and self.made is not None:
             return self.made
         assert chunk.frames is not None, "a stage that settled on a chunk does not run on it again"
-        before = list(self.kept)
-        made = Chunk(self.run(chunk.frames, self.kept))
-        self.runs += 1
+        if self.made is not None:
+            self.made.frames = None  # another chunk came, so this one will not be handed on again
         self.given, self.made = chunk, None
-        if all(_same(a, b) for a, b in zip(before, self.kept, strict=True)):
+        self.kept.has_changed = False
+        made = Chunk(self.run(chunk.frames, self.kept), comes_again=False)
+        self.runs += 1
+        if chunk.comes_again and not self.kept.has_changed:
             self.made = made
+            made.comes_again = True
+        if self.made is not None or not chunk.comes_again:
             chunk.frames = None
         return made
 
@@ -106,14 +129,16 @@ class MemoEncoder:
         if self._trusted.get(key, True) is False:
             return self._stock(pixels, "its memoised encode was not equal before")
         moments, stages = _encode(self.vae, chunks)
+        runs = tuple(stage.runs for stage in stages)
+        del stages  # what they keep would lie on the card beside the stock encode
         if self.verify and key not in self._trusted:
             stock = self.vae.encode(pixels)
             self._trusted[key] = torch.equal(stock.latent_dist.parameters, moments)
             if not self._trusted[key]:
                 self.notes.append(f"memoised VAE encode is off for {tuple(pixels.shape)}: not equal to the stock one")
-                self.last = Encoded(len(chunks), (), "not equal to the stock encode")
+                self.last = Encoded((pixels.shape[2] - 1) // CHUNK + 1, (), "not equal to the stock encode")
                 return stock
-        self.last = Encoded(len(chunks), tuple(stage.runs for stage in stages), "")
+        self.last = Encoded((pixels.shape[2] - 1) // CHUNK + 1, runs, "")
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
     def _stock(self, pixels: Tensor, reason: str) -> AutoencoderKLOutput:
@@ -140,12 +165,12 @@ def _obstacle(vae: Any, pixels: Tensor) -> str:
 def _chunks(pixels: Tensor) -> Iterator[Chunk]:
     """Cut the video as the encoder takes it; frames equal to those before are the same chunk again."""
     frames = pixels[:, :, :1]
-    chunk = Chunk(frames)
+    chunk = Chunk(frames, comes_again=True)
     yield chunk
     for start in range(1, pixels.shape[2], CHUNK):
         previous, frames = frames, pixels[:, :, start : start + CHUNK]
         if not torch.equal(frames, previous):
-            chunk = Chunk(frames)
+            chunk = Chunk(frames, comes_again=True)
         yield chunk
 
 
@@ -171,7 +196,7 @@ def _stages(encoder: WanEncoder3d) -> list[Stage]:
 
 def _stage(module: nn.Module, run: Callable[[Tensor, Kept], Tensor]) -> Stage:
     convolutions = sum(isinstance(child, WanCausalConv3d) for child in module.modules())
-    return Stage(run, [None] * convolutions)
+    return Stage(run, Kept(convolutions))
 
 
 def _block_runner(block: nn.Module) -> Callable[[Tensor, Kept], Tensor]:
@@ -188,12 +213,10 @@ def _causal(convolution: WanCausalConv3d, x: Tensor, kept: Kept) -> Tensor:
     keep = x[:, :, -KEPT:].clone()
     if before is not None and keep.shape[2] < KEPT:
         keep = torch.cat([before[:, :, -1:], keep], dim=2)
-    kept[0] = keep
     out: Tensor = convolution(x, before)
+    kept[0] = keep
     return out
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b)
+def _same(before: Tensor | None, after: Tensor) -> bool:
+    return before is not None and torch.equal(before, after)

@@ -4,11 +4,15 @@ A piece is what is copied as one. Parameters become views of its buffer, so that
 in place: one transfer of hundreds of megabytes where there were twenty-odd small ones, and no address that changes.
 """
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 # What cudaMalloc gives each tensor; kernels compiled for aligned inputs rely on 16 of it.
 ALIGNMENT_BYTES = 256
@@ -68,37 +72,76 @@ def point_at(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
 
 
 class HostCopy:
-    """A model's tensors in page-locked host memory. The model is pointed at it, so that nothing is held twice."""
+    """A model's tensors in host memory, one flat buffer a piece, page-locked where copies go to a card.
 
-    def __init__(self, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> None:
+    Made with `of` from a model that is loaded, or empty, to be filled by a reader: each piece is locked by `settle`
+    once it is whole, because locking memory that is still being written would hold the reader up.
+    """
+
+    def __init__(self, pieces: tuple[Piece, ...], device: str) -> None:
         """`device`: the card that copies will go to; for a CPU nothing is locked."""
         self.notes: tuple[str, ...] = ()
-        self.buffers: list[Tensor] = []
+        self.buffers = [torch.empty(piece.size_bytes, dtype=torch.uint8) for piece in pieces]
+        self._device = device
         self._locked: list[Tensor] = []
-        for piece in pieces:
-            buffer = torch.empty(piece.size_bytes, dtype=torch.uint8)
-            for field in piece.fields:
-                field.view(buffer).copy_(_tensor(model, piece, field).detach())
-            point_at(model, piece, buffer)
-            self.buffers.append(buffer)
-            if torch.device(device).type == "cuda":
-                self._lock(buffer, device)
+
+    @classmethod
+    def of(cls, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> Self:
+        """Copy a loaded model. It is pointed at the copy piece by piece, so that nothing is held twice."""
+        host = cls((), device)
+        for i, piece in enumerate(pieces):
+            host.buffers.append(torch.empty(piece.size_bytes, dtype=torch.uint8))
+            fill_piece(model, piece, host.buffers[i])
+            point_at(model, piece, host.buffers[i])
+            host.settle(i)
+        return host
+
+    def settle(self, i: int) -> None:
+        """Lock piece `i`, which is whole. Any thread; a piece is settled once."""
+        buffer = self.buffers[i]
+        if torch.device(self._device).type != "cuda" or not buffer.numel():
+            return
+        problem = lock(buffer, self._device)
+        if problem is None:
+            self._locked.append(buffer)
+        else:
+            if not self.notes:
+                log.warning("%s", problem)
+            self.notes = (problem,)
 
     def release(self) -> None:
         """Unlock and forget. No copy from here may be under way."""
         for buffer in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            unlock(buffer)
         self.buffers, self._locked = [], []
 
-    def _lock(self, buffer: Tensor, device: str) -> None:
-        # Locking memory we have: torch's own pinned allocator rounds each buffer up to a power of two.
-        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
-        if code == 0:
-            self._locked.append(buffer)
-            return
-        self.notes = (f"host memory could not be page-locked (CUDA error {code}): copies will be slow",)
-        with suppress(RuntimeError):  # the next kernel launch would be blamed for this error; let it be one of ours
-            torch.zeros(1, device=device)
+
+def fill_piece(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
+    """Copy the piece's tensors from `model` into `buffer`; those on the meta device are left for a reader."""
+    for field in piece.fields:
+        tensor = _tensor(model, piece, field).detach()
+        if not tensor.is_meta:
+            field.view(buffer).copy_(tensor)
+
+
+def lock(buffer: Tensor, device: str) -> str | None:
+    """Page-lock host memory for copies to `device`; returns why it could not be. On a CPU there is nothing to do.
+
+    Locking memory we have: torch's own pinned allocator rounds each buffer up to a power of two, and keeps it.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    if code == 0:
+        return None
+    with suppress(RuntimeError):  # the next kernel launch would be blamed for this error; let it be one of ours
+        torch.zeros(1, device=device)
+    return f"host memory could not be page-locked (CUDA error {code}): copies will be slow"
+
+
+def unlock(buffer: Tensor) -> None:
+    """Undo `lock`. No copy from the buffer may be under way."""
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _tensor(model: nn.Module, piece: Piece, field: Field) -> Tensor:

@@ -4,14 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.eight_bits import to_eight_bits
+from engine.linear8 import KINDS
 from engine.lora import LoraWeights, load_lora
-from engine.profile import Component, Lora, Profile
-from engine.tensorfile import DTYPES, TensorFiles
+from engine.profile import EIGHT_BITS, Component, Lora, Profile
+from engine.tensorfile import DTYPES, Stored, TensorFiles, read_offsets, weight_files
 from schemas.errors import WeightsCorrupt
+
+if TYPE_CHECKING:
+    from engine.readahead import ReadAhead
+    from engine.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class FolderParts:
     folders: Mapping[str, Path]
     loras: Path | None = None
     """The folder with the profile's LoRA files, if the bake kept them."""
+    ahead: "ReadAhead | None" = None
+    """Reads the files into the system's memory until somebody reads them for good."""
 
     @property
     def keeps_loras(self) -> bool:
@@ -44,9 +52,41 @@ class FolderParts:
         folder = self.folders[name]
         if component.dtype is None:
             return library_class(component).from_pretrained(folder, local_files_only=True)
-        model = empty_model(component, read_config(component, folder))
+        found = self.skeleton(name, device)
+        if found is not None:
+            return found.whole(device)
+        model = frame(component, empty_model(component, read_config(component, folder)))
         files = TensorFiles(folder, published_variant(folder, component))
         return fill(model, component, _read_state(model, component, files, device), device)
+
+    def skeleton(self, name: str, device: str) -> "Skeleton | None":
+        """See engine.skeleton.HasSkeletons. None for what our bake did not write, or wrote in another dtype.
+
+        Raises:
+            WeightsCorrupt: the file is damaged or does not fit the class.
+        """
+        from engine.skeleton import Skeleton  # here, because the bake imports this module and reads otherwise
+
+        if self.ahead is not None:
+            self.ahead.stop()
+        component, folder = self.profile.component(name), self.folders[name]
+        files = weight_files((path.name for path in folder.iterdir()), None)
+        if component.dtype is None or len(files) != 1 or not is_baked(folder):
+            return None
+        model = frame(component, empty_model(component, read_config(component, folder)))
+        stream = (folder / files[0]).open("rb", buffering=0)
+        try:
+            places = read_offsets(stream)
+            stored = None if places is None else _places(model, component, places)
+        except BaseException:
+            stream.close()
+            raise
+        if stored is None:
+            stream.close()
+            return None
+        dtypes = {key: run_dtype(component, key, device) for key in stored}
+        assign(model, component, {key: model.state_dict()[key].to(dtype) for key, dtype in dtypes.items()})
+        return Skeleton(component, model, stream, stored)
 
 
 def library_class(component: Component) -> Any:
@@ -71,13 +111,24 @@ def empty_model(component: Component, config: Any) -> Any:
         return cls.from_config(config) if component.library == "diffusers" else cls(config)
 
 
+def frame(component: Component, model: Any) -> Any:
+    """An empty model as the component is baked: its linear layers 8-bit ones, where that is how. Returns `model`."""
+    if component.dtype in EIGHT_BITS:
+        to_eight_bits(model, component, component.dtype)
+    return model
+
+
 def stored_dtype(component: Component, name: str) -> torch.dtype:
     """The dtype in which the tensor `name` is baked."""
     if any(part in name.split(".") for part in component.keep_fp32):
         return torch.float32
     if component.dtype is None:
         raise ValueError(f"{component.name} holds no tensors")
-    return DTYPES[component.dtype]
+    if component.dtype not in EIGHT_BITS:
+        return DTYPES[component.dtype]
+    return {"weight_q": KINDS[component.dtype].dtype, "weight_scale": torch.float32}.get(
+        name.rpartition(".")[2], torch.bfloat16
+    )
 
 
 def run_dtype(component: Component, name: str, device: str) -> torch.dtype:
@@ -93,18 +144,42 @@ def file_name(component: Component, name: str, known: set[str]) -> str:
 
 def published_variant(folder: Path, component: Component) -> str | None:
     """The bake writes no variant; a cached repository has the one it was published with."""
-    return component.variant if not (folder / "component.json").is_file() else None
+    return component.variant if not is_baked(folder) else None
+
+
+def is_baked(folder: Path) -> bool:
+    """Whether our bake wrote the component in `folder`, and not its publisher."""
+    return (folder / "component.json").is_file()
 
 
 def fill(model: Any, component: Component, state: Mapping[str, torch.Tensor], device: str) -> Any:
     """Give an empty model its tensors, without a copy, and make it ready for inference on `device`; returns it."""
+    assign(model, component, state)
+    return model.to(device).requires_grad_(False).eval()  # `to` moves only the buffers that no file holds
+
+
+def assign(model: Any, component: Component, state: Mapping[str, torch.Tensor]) -> None:
+    """Put `state` in the place of the model's tensors, those that share another's storage included."""
     tied = dict(component.tied)
     model.load_state_dict({**state, **{name: state[source] for name, source in tied.items()}}, assign=True)
     for name, source in tied.items():
         module, _, attribute = name.rpartition(".")
         # one parameter under two names, so that moving the model moves it once
         setattr(model.get_submodule(module), attribute, model.get_parameter(source))
-    return model.to(device).requires_grad_(False).eval()  # `to` moves only the buffers that no file holds
+
+
+def _places(model: Any, component: Component, places: Mapping[str, Stored]) -> dict[str, Stored] | None:
+    """The model's tensors -> where the file has them; None if one is not stored as the bake stores it."""
+    tied = dict(component.tied)
+    stored = {}
+    for name, empty in model.state_dict().items():
+        if name in tied:
+            continue
+        key = file_name(component, name, set(places))
+        if key not in places or places[key].shape != tuple(empty.shape):
+            raise WeightsCorrupt(f"{component.name}: {key} is missing or of another shape; bake it again")
+        stored[name] = places[key]
+    return stored if all(place.dtype == stored_dtype(component, name) for name, place in stored.items()) else None
 
 
 def _read_state(model: Any, component: Component, files: TensorFiles, device: str) -> dict[str, torch.Tensor]:

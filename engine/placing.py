@@ -1,17 +1,24 @@
 """A video profile's parts, loaded to where the plan for this card puts them."""
 
-import copy
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.arrival import Arrival, Coming
 from engine.card import Card
 from engine.experts import Experts, FixedExperts, RollingExperts
+from engine.fast_decode import FastDecoder, channels
+from engine.geometry import LatentShape
+from engine.loading import Loaded, Loader
+from engine.packing import HostCopy
+from engine.passes import TORCH, choose
 from engine.profile import Profile
+from engine.progress import Progress
+from engine.readahead import order_of_need
 from engine.residency import CARD, FAST_SINCE, STREAM_SLOTS, Plan, plan
 from engine.speed import Accelerated, accelerate, narrow
 from engine.visitor import Visitor
@@ -36,16 +43,29 @@ class Placed:
     vae: Any
     """Encodes, in fp32: what it makes is held against every later frame."""
     decoder: Any
-    """Decodes. The same VAE, or a bf16 copy of its second half beside 8-bit experts."""
+    """Decodes. The same VAE, or a bf16 FastDecoder beside 8-bit experts."""
+    arrival: Arrival
+    """Reads what is not there yet."""
     movers: tuple[Any, ...] = ()
     """What copies between host and card, each with `bytes_moved` and `unload`."""
     accelerated: Accelerated | None = None
     notes: tuple[str, ...] = ()
+    image_tokens: int = 0
+    """Of a picture's embedding; 0 without an image encoder."""
 
     @property
     def bytes_moved(self) -> int:
         """Host to device since the load, weights only."""
         return sum(mover.bytes_moved for mover in self.movers)
+
+    def attended(self, progress: Progress) -> AbstractContextManager[None]:
+        """A job at work with the models: its cancel ends a wait for weights, and nothing is read after the block."""
+        return self.arrival.attended(progress)
+
+    def expect(self, latents: Iterable[LatentShape]) -> None:
+        """A job begins that will run over latents of these shapes; see Accelerated.expect."""
+        if self.accelerated is not None:
+            self.accelerated.expect(latents, self.image_tokens)
 
     def settle(self) -> None:
         """Between jobs: keep for the next process what this one has compiled."""
@@ -53,66 +73,108 @@ class Placed:
             self.accelerated.save()
 
     def unload(self) -> None:
+        self.arrival.close()
         for mover in self.movers:
             mover.unload()
 
 
 def place(profile: Profile, parts: Parts, card: Card, experts: Mapping[str, str]) -> Placed:
-    """Load experts, VAE and encoders of `profile`. `experts`: expert -> the component that holds it.
+    """Put experts, VAE and encoders of `profile` where they work. `experts`: expert -> the component that holds it.
+
+    Everything has its storage when this returns, and the VAE its values. The rest is read behind, in the order of
+    need: encoders, then the experts in the order given; whoever uses a component waits for it. What must be rounded
+    to 8 bits first needs whole tensors, and is loaded here.
 
     Raises:
         RequestTooLarge: no placement fits the card's budget; nothing was loaded.
     """
-    if card.device == "cpu":
-        fixed = FixedExperts({expert: parts.load(name) for expert, name in experts.items()})
-        encoders = {name: _standing(parts.load(name)) for name in _encoders(profile)}
-        vae = parts.load("vae")
-        return Placed(None, fixed, encoders, vae, vae)
-    made = plan(
+    made = None if card.device == "cpu" else _plan(profile, card)
+    arrival = Arrival(card.device)
+    try:
+        return _placed(
+            Loader(parts, made.precision if made else card.precision, card.device, arrival), made, card, experts
+        )
+    except BaseException:
+        arrival.close()
+        raise
+
+
+def _plan(profile: Profile, card: Card) -> Plan:
+    return plan(
         profile,
         card.budget_bytes,
         precision=card.precision,
         capability=torch.cuda.get_device_capability(card.device),
+        shape=card.shape,
     )
-    # Experts first: narrowing to 8 bits needs room for one of them in 16.
-    running, running_models, notes = _experts(parts, card, made, experts)
-    accelerated = accelerate(running_models, card.device, card.levers)
+
+
+def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str, str]) -> Placed:
+    """`made`: None on a CPU, where there is one memory and nothing to plan."""
+    loaded: dict[str, Loaded] = {}
+    for name in _in_order(loader, experts):
+        stays = made is None or made.where(name) == CARD
+        loaded[name] = loader.on_device(name) if stays else loader.in_host_memory(name)
+    running, models, notes = _experts({expert: loaded[name] for expert, name in experts.items()}, loader, made)
+    accelerated = None if made is None else accelerate(models, card.device, card.levers)
     movers: list[Any] = [running] if isinstance(running, RollingExperts) else []
     uses: dict[str, Use] = {}
-    for name in _encoders(profile):
-        if made.where(name) == CARD:
-            uses[name] = _standing(parts.load(name, card.device))
+    for name in _encoders(loader.parts.profile):
+        if made is None or made.where(name) == CARD:
+            uses[name] = _standing(loaded[name])
         else:
-            visitor = Visitor(parts.load(name), card.device)
+            visitor = Visitor(loaded[name].model, card.device, _coming_to(loaded[name]))
             movers.append(visitor)
             uses[name] = visitor.on_card
-    vae = parts.load("vae", card.device)
-    decoder = vae if made.precision not in FAST_SINCE else _bf16_decoder(vae)
-    notes = (*notes, *accelerated.notes)
-    log.info("%s\nattention: %s%s", made.table(), accelerated.attention, "".join(f"\n- {note}" for note in notes))
-    return Placed(made, running, uses, vae, decoder, tuple(movers), accelerated, notes)
+    vae = loaded["vae"].model
+    if (coming := loaded["vae"].coming) is not None:
+        coming.wait_whole()  # it is read first, in a fraction of a second, and a decoder is made from its values
+    is_fast = made is not None and made.precision in FAST_SINCE
+    decoder, said = _bf16_decoder(vae, card) if is_fast else (vae, ())
+    notes = (*notes, *(accelerated.notes if accelerated else ()), *said)
+    if made is not None and accelerated is not None:
+        log.info("%s\nattention: %s%s", made.table(), accelerated.attention, "".join(f"\n- {note}" for note in notes))
+    return Placed(
+        made, running, uses, vae, decoder, loader.arrival, tuple(movers), accelerated, notes, _image_tokens(loaded)
+    )
+
+
+def _in_order(loader: Loader, experts: Mapping[str, str]) -> list[str]:
+    """What is loaded first is read first. Experts to be rounded go before all: one in 16 bits needs the room."""
+    used = ["vae", *_encoders(loader.parts.profile), *experts.values()]
+    return [*experts.values(), *used[: -len(experts)]] if loader.rounds(experts.values()) else order_of_need(used)
 
 
 def _experts(
-    parts: Parts, card: Card, made: Plan, experts: Mapping[str, str]
+    loaded: Mapping[str, Loaded], loader: Loader, made: Plan | None
 ) -> tuple[Experts, list[Any], tuple[str, ...]]:
-    """The experts where the plan puts them, the models that run, and what should be said."""
-    is_narrow = made.precision in FAST_SINCE
-    models, notes = {}, dict[str, None]()
-    for expert, name in experts.items():
-        model = parts.load(name, card.device if made.kind == "resident" or is_narrow else "cpu")
-        notes |= dict.fromkeys(narrow(model, made.precision, card.device))
-        models[expert] = model if made.kind == "resident" else model.to("cpu")
-    if made.kind == "resident":
-        return FixedExperts(models), list(models.values()), tuple(notes)
-    rolling = RollingExperts(models, card.device, STREAM_SLOTS if made.kind == "stream" else None)
+    """The experts as they take turns, the models that run, and what should be said."""
+    notes = dict[str, None]()
+    for each in loaded.values():
+        notes |= dict.fromkeys(narrow(each.model, loader.precision, loader.device))
+    models = {expert: each.model for expert, each in loaded.items()}
+    if made is None or made.kind == "resident":
+        coming = {expert: each.coming for expert, each in loaded.items() if each.coming is not None}
+        return FixedExperts(models, coming), list(models.values()), tuple(notes)
+    buffers = {expert: found for expert, each in loaded.items() if (found := _coming_to(each)) is not None}
+    rolling = RollingExperts(models, loader.device, STREAM_SLOTS if made.kind == "stream" else None, buffers)
     return rolling, [rolling.model], (*notes, *rolling.notes)
 
 
-def _bf16_decoder(vae: Any) -> Any:
-    decoder = copy.deepcopy(vae).to(torch.bfloat16)
-    del decoder.encoder, decoder.quant_conv
-    return decoder
+def _bf16_decoder(vae: Any, card: Card) -> tuple[FastDecoder, tuple[str, ...]]:
+    """Weights of its own, beside the fp32 ones that encode; and what should be said."""
+    if not card.levers.compile:
+        return FastDecoder(vae, torch.bfloat16, TORCH), ()
+    passes, notes = choose(card.device, channels(vae))
+    return FastDecoder(vae, torch.bfloat16, passes), notes
+
+
+def _image_tokens(loaded: Mapping[str, Loaded]) -> int:
+    """CLIP's: one a patch, and one for the whole picture."""
+    if "image_encoder" not in loaded:
+        return 0
+    config = loaded["image_encoder"].model.config
+    return int((config.image_size // config.patch_size) ** 2 + 1)
 
 
 def _encoders(profile: Profile) -> list[str]:
@@ -120,5 +182,17 @@ def _encoders(profile: Profile) -> list[str]:
     return [name for name in ENCODERS if name in names]
 
 
-def _standing(module: Any) -> Use:
-    return lambda: nullcontext(module)
+def _standing(loaded: Loaded) -> Use:
+    """A component that stays: only to be waited for."""
+
+    @contextmanager
+    def use() -> Iterator[Any]:
+        if loaded.coming is not None:
+            loaded.coming.wait_whole()
+        yield loaded.model
+
+    return use
+
+
+def _coming_to(loaded: Loaded) -> tuple[HostCopy, Coming] | None:
+    return None if loaded.coming is None or loaded.host is None else (loaded.host, loaded.coming)

@@ -47,11 +47,15 @@ class Progress:
         self._deadline = None if deadline_s is None else self._started + deadline_s
         self._percent = 0.0
 
-    def check(self) -> None:
-        """Raise Cancelled or JobTimeout if the job must stop here. Called between steps, never inside one."""
+    def check(self, ahead_s: float = 0.0) -> None:
+        """Raise Cancelled or JobTimeout if the job must stop here. Called between steps, never inside one.
+
+        `ahead_s`: what follows takes so long before the next check; a job whose time ends within it stops now, while
+        it can still be answered.
+        """
         if self.cancelled.is_set():
             raise Cancelled("the job was cancelled")
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and time.monotonic() + ahead_s > self._deadline:
             raise JobTimeout("the job passed its time limit; ask for fewer frames or steps, or raise the limit")
 
     def pause(self, seconds: float) -> None:
@@ -63,21 +67,35 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Callable[[], None]]:
         """Time a stage and yield `step`, to be called after each of its `total` steps."""
-        started = time.monotonic()
-        done = 0
+        started = last = time.monotonic()
+        done, fastest_s = 0, float("inf")
 
         def step() -> None:
-            nonlocal done
+            nonlocal done, last, fastest_s
             done += 1
+            fastest_s, last = min(fastest_s, time.monotonic() - last), time.monotonic()
             self._report(name, done, total, started)
-            self.check()
+            self.check(fastest_s if 1 < done < total else 0.0)  # the first step may compile, and says nothing
 
         self.check()
         self._report(name, 0, total, started)
         try:
             yield step
         finally:
-            self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.monotonic() - started, 4)
+            self.add(name, time.monotonic() - started)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the block's seconds under `name`, beside the stage that it is in."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds under `name`: a stage, or something that runs within or beside the stages."""
+        self.timings_s[name] = round(self.timings_s.get(name, 0.0) + seconds, 4)
 
     def _report(self, name: str, done: int, total: int, started: float) -> None:
         if self._send is None:

@@ -9,20 +9,18 @@ The planner never changes precision on its own: fewer bits change the pixels, so
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from engine.activations import usual_shape, work_bytes
 from engine.geometry import VideoShape
 from engine.profile import Component, Profile
 from schemas.errors import RequestTooLarge, SettingsError
 
 GIB = 2**30
 BLOCKS = 40  # of the 14B transformers (WanTransformer3DModel.config.num_layers)
-OUTSIDE_BLOCKS_SHARE = 0.019  # of their bytes in bf16; counted like EIGHT_BIT_SHARE
+OUTSIDE_BLOCKS_SHARE = 0.019  # of their bytes in bf16; a test counts it on the meta device
 STREAM_SLOTS = 2  # one block computes while the next arrives
 
-# Bytes of a 14B transformer in 8 bits over its bytes in bf16. 98.1 % of them are the blocks' linear weights,
-# which halve; row scales and what stays bf16 or fp32 are the rest. A test counts it on the meta device.
-EIGHT_BIT_SHARE = 0.510
 FAST_SINCE: Mapping[str, tuple[int, int]] = {
     "fp8": (8, 9),
     "int8": (8, 0),
@@ -60,9 +58,18 @@ class Plan:
 
     @property
     def card_bytes(self) -> int:
-        """Peak on the card: what stays, plus the larger of the activations and the largest visitor."""
+        """Peak on the card at the plan's own work."""
+        return self.peak_bytes(self.work_bytes)
+
+    @property
+    def stays_bytes(self) -> int:
+        """On the card also between jobs."""
+        return sum(row.card_bytes for row in self.rows)
+
+    def peak_bytes(self, work_bytes: int) -> int:
+        """On the card in a job: what stays, plus the larger of the activations and the largest visitor."""
         visitors = [row.size_bytes for row in self.rows if row.where == VISITS]
-        return sum(row.card_bytes for row in self.rows) + max([self.work_bytes, *visitors])
+        return self.stays_bytes + max([work_bytes, *visitors])
 
     @property
     def host_bytes(self) -> int:
@@ -90,32 +97,29 @@ def plan(
     precision: str | None = None,
     capability: tuple[int, int] | None = None,
     shape: VideoShape | None = None,
+    images: int = 1,
     host_bytes: int | None = None,
 ) -> Plan:
     """Choose the placement that moves least and fits `budget_bytes` of the card, and `host_bytes` if given.
 
     `precision`: bf16, fp8 or int8 for the transformers; None: as baked. `capability`: of the card, None: a
-    CPU. `shape`: the largest video to expect; None: the profile's own size.
+    CPU. `shape` of one clip, or of `images` pictures at once: the largest to expect; None: the profile's own.
 
     Raises:
         RequestTooLarge: no placement fits; the sentence says what the smallest one needs.
         SettingsError: the weights are baked in fewer bits than `precision` asks for.
     """
-    parts = [part for part in profile.components if part.size_bytes]
-    stored = next((part.dtype for part in parts if is_transformer(part.name)), parts[0].dtype) or ""
-    precision = precision if precision and any(is_transformer(part.name) for part in parts) else stored
-    work_bytes = _work_bytes(profile, precision, shape)
+    precision = runs_in(profile, precision)
+    needed = work_bytes(profile, shape or usual_shape(profile), images, is_narrow=precision in FAST_SINCE)
     reasons = list(_kernel_notes(precision, capability))
     plans = []
-    for kind, places in _choices(profile, parts):
-        rows = tuple(_row(part, precision, places.get(part.name, CARD)) for part in parts)
-        made = Plan(profile.name, kind, precision, rows, work_bytes, budget_bytes, tuple(reasons))
+    for made, places in _plans(profile, precision, needed, budget_bytes):
         if made.card_bytes > budget_bytes:
-            reasons.append(f"{_name(kind, places)} needs {made.card_bytes / GIB:.2f} GiB of the card")
+            reasons.append(f"{_name(made.kind, places)} needs {made.card_bytes / GIB:.2f} GiB of the card")
         elif host_bytes is not None and made.host_bytes > host_bytes:
-            reasons.append(f"{_name(kind, places)} needs {made.host_bytes / GIB:.2f} GiB of host memory")
+            reasons.append(f"{_name(made.kind, places)} needs {made.host_bytes / GIB:.2f} GiB of host memory")
         else:
-            return made
+            return replace(made, reasons=tuple(reasons))
         plans.append(made)
     smallest = min(plans, key=lambda made: made.card_bytes)
     card, host = smallest.card_bytes / GIB, smallest.host_bytes / GIB
@@ -125,10 +129,43 @@ def plan(
     )
 
 
+def room_bytes(profile: Profile, budget_bytes: int, precision: str | None = None) -> int:
+    """The most that a request's activations may take, whatever placement that needs; 0: none fits the card."""
+    plans = _plans(profile, runs_in(profile, precision), 0, budget_bytes)
+    return max([0, *(budget_bytes - made.stays_bytes for made, _ in plans if made.card_bytes <= budget_bytes)])
+
+
+def least_card_bytes(profile: Profile, precision: str | None, work_bytes: int) -> int:
+    """Peak of the placement that claims least of a card."""
+    plans = _plans(profile, runs_in(profile, precision), work_bytes, 0)
+    return min(made.card_bytes for made, _ in plans)
+
+
+def runs_in(profile: Profile, wanted: str | None) -> str:
+    """The precision that the profile's transformers run in: as wanted, else as baked; a UNet's as baked."""
+    parts = _tensors(profile)
+    baked = next((part.dtype for part in parts if is_transformer(part.name)), None)
+    return (wanted or baked) if baked else str(parts[0].dtype)
+
+
 def is_transformer(component: str) -> bool:
     """Whether the component is one of a video model's experts: the parts that 8 bits, swapping and
     streaming are for."""
     return component.startswith(FIRST_TRANSFORMER)
+
+
+def _tensors(profile: Profile) -> list[Component]:
+    return [part for part in profile.components if part.size_bytes]
+
+
+def _plans(
+    profile: Profile, precision: str, work_bytes: int, budget_bytes: int
+) -> Iterator[tuple[Plan, Mapping[str, str]]]:
+    """Every placement, fitting or not, from the one that moves least."""
+    parts = _tensors(profile)
+    for kind, places in _choices(profile, parts):
+        rows = tuple(_row(part, precision, places.get(part.name, CARD)) for part in parts)
+        yield Plan(profile.name, kind, precision, rows, work_bytes, budget_bytes), places
 
 
 def _choices(profile: Profile, parts: list[Component]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -158,18 +195,10 @@ def _row(part: Component, precision: str, where: str) -> Row:
 
 
 def _size_bytes(part: Component, precision: str) -> int:
-    if not is_transformer(part.name) or part.dtype == precision:
-        return part.size_bytes
-    if part.dtype in FAST_SINCE:
-        raise SettingsError(f"the transformers are baked in {part.dtype}; {precision} needs another bake")
-    return round(part.size_bytes * EIGHT_BIT_SHARE) if precision in FAST_SINCE else part.size_bytes
-
-
-def _work_bytes(profile: Profile, precision: str, shape: VideoShape | None) -> int:
-    """Activations grow with the number of tokens; the profile's figures are for its own size."""
-    usual = VideoShape(profile.frames, profile.height, profile.width)
-    work_bytes = profile.narrow_work_bytes if precision in FAST_SINCE else profile.work_bytes
-    return work_bytes if shape is None else round(work_bytes * shape.latent().tokens / usual.latent().tokens)
+    """At the plan's precision: a text encoder's weights are rounded beside 8-bit transformers, also at load."""
+    if part.dtype in FAST_SINCE and part.dtype != precision:
+        raise SettingsError(f"{part.name} is baked in {part.dtype}; {precision} needs another bake")
+    return part.narrow_size_bytes if part.narrow_size_bytes and precision in FAST_SINCE else part.size_bytes
 
 
 def _kernel_notes(precision: str, capability: tuple[int, int] | None) -> Iterator[str]:

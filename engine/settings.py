@@ -45,6 +45,10 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _bound(text: str) -> float | None:
+    return None if float(text) == 0 else _positive_float(text)
+
+
 def _switch(text: str) -> bool:
     try:
         return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
@@ -79,6 +83,14 @@ class Settings:
     )
     vram_gib: float | None = _setting(
         "WORKER_VRAM_GIB", _positive_float, "a number of GiB", None, "Use at most this much of the card's memory."
+    )
+    max_work_gpx: float | None = _setting(
+        "WORKER_MAX_WORK",
+        _bound,
+        "a number of gigapixels, or 0",
+        25.0,
+        "Most work of one request: pixels of a frame x frames of all clips x forwards (a guided step is two), in "
+        "gigapixels. A default video is 2.6, a default svi_endframe 0.2, an image 0.1. 0: no bound.",
     )
     fetch_timeout_s: float = _setting(
         "WORKER_FETCH_TIMEOUT_S",

@@ -7,15 +7,19 @@ before compiling, because it is part of the graph.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from engine import attention
+from engine import attention, block8
+from engine.artefacts import Artefacts
+from engine.block_graph import start_workers
+from engine.block_inputs import block_inputs
 from engine.card import Levers
-from engine.compiling import Artefacts, CompiledBlocks
+from engine.compiling import Account, CompiledBlocks
+from engine.geometry import LatentShape
 from engine.linear8 import Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_test
 
@@ -27,6 +31,24 @@ class Accelerated:
     attention: str
     blocks: CompiledBlocks | None
     notes: tuple[str, ...]
+    model: nn.Module
+    """One of those that run; the others are like it."""
+
+    def expect(self, latents: Iterable[LatentShape], image_tokens: int = 0) -> None:
+        """A job begins that will run over latents of these shapes: compile for them, the first one first.
+
+        `image_tokens`: of the picture's embedding, for a model that takes one. Weights need not be there.
+        """
+        if self.blocks is None:
+            return
+        self.blocks.begin_job()
+        for latent in dict.fromkeys(latents):
+            self.blocks.expect(block_inputs(self.model, latent, self.blocks.device, image_tokens))
+
+    @property
+    def account(self) -> Account | None:
+        """What compiling has cost so far; None where nothing is compiled."""
+        return None if self.blocks is None else self.blocks.account
 
     def save(self) -> bool:
         """Keep what has been compiled since the last time, for the next process. Between jobs."""
@@ -59,14 +81,20 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
 
     `models`: those that run; of rolling experts that is the one model whose storage they share.
     """
+    is_compiled = levers.compile and device.startswith("cuda")
+    if is_compiled:
+        start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
     choice = attention.choose(device, levers.attention)
+    said = dict.fromkeys(choice.notes)
     for model in models:
         attention.install(model, choice.name)
-    if not levers.compile or not device.startswith("cuda"):
-        return Accelerated(choice.name, None, choice.notes)
+        said |= dict.fromkeys(block8.install(model, device))
+    notes = tuple(said)
+    if not is_compiled:
+        return Accelerated(choice.name, None, notes, models[0])
     variant = f"{precision_of(models[0])}-{choice.name}"
     artefacts = None if levers.cache_dir is None else Artefacts(levers.cache_dir, variant)
-    return Accelerated(choice.name, CompiledBlocks(models, artefacts), choice.notes)
+    return Accelerated(choice.name, CompiledBlocks(models, artefacts, device=device), notes, models[0])
 
 
 def precision_of(model: nn.Module) -> str:

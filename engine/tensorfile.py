@@ -6,11 +6,13 @@ work while the rest is still read.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
+from os import SEEK_END
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +31,10 @@ CODES = {
 }
 """torch's dtypes -> the names in a safetensors header."""
 
+DTYPE_OF = {code: dtype for dtype, code in CODES.items()}
+
 ALIGNMENT = 4096  # bytes before the first tensor: a page, so that direct reads can begin there
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer ones too
 
 
 class Spec(NamedTuple):
@@ -42,6 +47,62 @@ class Spec(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Stored(NamedTuple):
+    """A tensor inside a file: its bytes begin at `offset`, counted from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)  # torch's own product would overflow on a forged shape
+
+
+def read_offsets(stream: BinaryIO) -> dict[str, Stored] | None:
+    """Where each tensor of an open safetensors file is, in the order of the file; None if a dtype is not ours.
+
+    The library hands out tensors, not places; large reads need the places. Every byte after the header belongs to
+    exactly one tensor, or the file is refused.
+
+    Raises:
+        WeightsCorrupt: it is no safetensors file, or tensors overlap, leave gaps, or end elsewhere than the file.
+    """
+    name = Path(str(stream.name)).name
+    size_bytes = stream.seek(0, SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size_bytes < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
+        raise WeightsCorrupt(f"{name} is not a readable safetensors file")
+    try:
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = {tensor: _entry(entry) for tensor, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsCorrupt(f"the header of {name} cannot be read") from error
+    end = 0
+    places: dict[str, Stored] = {}
+    for tensor, (code, shape, begins, ends) in sorted(found.items(), key=lambda item: item[1][2:]):
+        if begins != end or ends < begins:
+            raise WeightsCorrupt(f"the tensors of {name} overlap or leave a gap at {tensor}")
+        end = ends
+        if code in DTYPE_OF:
+            places[tensor] = Stored(DTYPE_OF[code], shape, 8 + length + begins)
+            if places[tensor].size_bytes != ends - begins:
+                raise WeightsCorrupt(f"{tensor} of {name} has another size than its shape")
+    if 8 + length + end != size_bytes:
+        raise WeightsCorrupt(f"{name} ends elsewhere than its tensors")
+    return places if len(places) == len(found) else None
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    shape = tuple(entry["shape"])
+    begins, ends = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begins, ends)):
+        raise ValueError("a size that is no size")
+    return str(entry["dtype"]), shape, begins, ends
 
 
 class TensorFiles:

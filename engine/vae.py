@@ -12,6 +12,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 
+from engine.fast_decode import FastDecoder
 from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
 
 
@@ -47,13 +48,17 @@ def denormalise(vae: Any, latents: Tensor) -> Tensor:
 
 
 def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
-    """Decode normalised latents (1, z, T, h, w) one latent frame at a time.
+    """Decode normalised latents (1, z, T, h, w) one latent frame at a time. `vae`: AutoencoderKLWan or FastDecoder.
 
     Yields (1, 3, f, H, W) in [-1, 1], of the VAE's dtype: f is 1 for the first chunk and 4 for each after it.
-    The chunks put together equal `vae.decode(denormalise(vae, latents)).sample` bit for bit. The causal
-    features live in this iterator, not in the VAE: leaving it early leaves nothing behind.
+    The chunks of an AutoencoderKLWan put together equal `vae.decode(denormalise(vae, latents)).sample` bit for bit;
+    those of a FastDecoder equal it but for the rounding of its sums. The causal features live in this iterator, not
+    in the VAE: leaving it early leaves nothing behind.
     """
     raw = denormalise(vae, latents.to(vae.device)).to(vae.dtype)
+    if isinstance(vae, FastDecoder):
+        yield from vae.decode(raw)
+        return
     if vae.use_tiling:  # tiles run over the whole length one after another, so there is no chunk before the last tile
         yield from _decode_tiled(vae, raw)
         return

@@ -9,6 +9,7 @@ segmentation fault when its own file writing meets a full disk, Python's write r
 Whatever wrote it, the file is not believed: before it gets its name it is read back and decoded whole.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -26,7 +27,7 @@ from engine.boxes import check_streamable, top_boxes
 from engine.frame_check import FrameCheck
 from engine.geometry import VideoShape
 from engine.outputs import Frames, MediaFile
-from schemas.errors import BadOutput, EncodingFailed
+from schemas.errors import BadOutput, DiskFull, EncodingFailed
 
 CRF = 18  # x264's own scale: 18 is taken for visually lossless
 PRESET = "veryfast"  # 0.45 s for 81 frames of 832x480 on two cores; medium takes 0.8 s for 10 % fewer bytes
@@ -266,6 +267,8 @@ def _as_encoding_failed(what: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the worker's disk is full") from error
         raise EncodingFailed(f"the video could not be {what}: {_reason(error)}") from error
 
 

@@ -11,17 +11,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from engine.arrival import Coming
 from engine.packing import HostCopy, layout, point_at
 
 
 class Visitor:
     """Takes `module` over. `bytes_moved`: host to device, since the start."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, coming: tuple[HostCopy, Coming] | None = None) -> None:
+        """`coming`: where the module stands already and is being read into; None: it is whole, and is copied."""
         self._module = module
         self._device = device
         self._pieces = layout(module)
-        self._host = HostCopy(module, self._pieces, device)
+        self._host = coming[0] if coming is not None else HostCopy.of(module, self._pieces, device)
+        self._coming = coming[1] if coming is not None else None
         self.bytes_moved = 0
 
     @property
@@ -31,6 +34,8 @@ class Visitor:
     @contextmanager
     def on_card(self) -> Iterator[nn.Module]:
         """The module with its parameters on the card for the length of the block, also when the block fails."""
+        if self._coming is not None:
+            self._coming.wait_whole()
         try:
             with torch.inference_mode(False):
                 for piece, buffer in zip(self._pieces, self._host.buffers, strict=True):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,10 +72,17 @@ class Baked:
     """What the manifest lists; empty for a cached model, which has no manifest."""
 
     def parts(self) -> Parts:
+        """The components. The first call of a process has libraries to import: the files are read ahead meanwhile."""
+        from engine.readahead import ReadAhead, order_of_need
+
+        names = order_of_need(list(self.folders))
+        files = [path for name in names for path in sorted(self.folders[name].glob("*.safetensors"))]
+        is_first = "diffusers" not in sys.modules and self.place.layout == "baked"
+        ahead = ReadAhead(files) if is_first else None
         from engine.parts import FolderParts
 
         loras = self.place.path / self.profile.folder / LORAS
-        return FolderParts(self.profile, self.folders, loras if loras.is_dir() else None)
+        return FolderParts(self.profile, self.folders, loras if loras.is_dir() else None, ahead)
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the manifest. Seconds a GB; at start sizes are enough.

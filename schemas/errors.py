@@ -4,13 +4,14 @@ WorkerError
 ├── InvalidInput          the request itself: every problem at once
 ├── FetchFailed           a picture's or video's URL could not be read
 ├── InvalidMedia          the bytes are not a picture or video we accept
-├── RequestTooLarge       valid, but no placement on this card can run it
+├── RequestTooLarge       valid, but more than this card can hold or this worker may do
 ├── WeightsMissing        the profile was not baked where we looked
 ├── WeightsCorrupt        baked, but not what the manifest says
 ├── OutOfMemory           the card ran out, also after the retry
 ├── GpuFault              the CUDA context is poisoned; the process must end
 ├── BadOutput             the model made frames nobody would accept
 ├── EncodingFailed        the file could not be written or did not verify
+├── DiskFull              the worker's disk has no room for the result
 ├── OutputTooLarge        the result fits no way of delivery
 ├── DeliveryFailed        the store did not take the file
 ├── JobTimeout            the soft deadline passed
@@ -115,6 +116,14 @@ class BadOutput(WorkerError):
 class EncodingFailed(WorkerError):
     code = "encoding_failed"
     http_status = 500
+    retryable = True
+
+
+class DiskFull(WorkerError):
+    """Retryable: another worker has another disk."""
+
+    code = "disk_full"
+    http_status = 507
     retryable = True
 
 

@@ -30,7 +30,12 @@ class Response(BaseModel):
         description="The request as it ran. With the media in place of their hashes it makes the same again."
     )
     warnings: list[str] = Field(description="What had no effect, or may surprise.")
-    timings_s: dict[str, float] = Field(description="Seconds by stage.")
+    timings_s: dict[str, float] = Field(
+        description="Seconds by stage; the stages follow one another. A job that loads a model says more of it: "
+        "`load_import` is the part of `load` in which libraries were imported, `load_wait` the part of `encode` and "
+        "`denoise` in which the job stood still for weights. `load_read` (from the first byte read to the last) and "
+        "`load_to_card` (the bus at work within that) ran beside the stages: they are in no sum."
+    )
     worker_version: str = Field(description="Version of this worker.")
 
 

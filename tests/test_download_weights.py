@@ -49,10 +49,25 @@ def test_tiny_bakes_and_verifies_every_profile(tmp_path: Path, capsys: pytest.Ca
     assert main(["--verify", "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3:] == [
-        "tiny/sdxl: 20 files are whole",
-        "tiny/wan21_i2v_480p: 13 files are whole",
-        "tiny/wan22_i2v_svi: 16 files are whole",
+        "tiny/sdxl, fp16: 20 files are whole",
+        "tiny/wan21_i2v_480p, bf16: 13 files are whole",
+        "tiny/wan22_i2v_svi, bf16: 16 files are whole",
     ]
+
+
+def test_verify_looks_at_the_precision_that_it_is_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--profiles", "wan22_i2v_svi", "--output", str(tmp_path), "--precision"]
+    assert main(["--tiny", *common, "fp8"]) == 0
+    assert main(["--verify", *common, "fp8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tiny/wan22_i2v_svi, fp8: 16 files are whole"
+    assert main(["--verify", *common, "bf16"]) == 1
+    assert "the weights of wan22_i2v_svi are not there" in capsys.readouterr().err
+    path = tmp_path / "shared/umt5_xxl-fp8/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert main(["--verify", *common, "fp8"]) == 1
+    assert "shared/umt5_xxl-fp8/model.safetensors of tiny/wan22_i2v_svi is damaged" in capsys.readouterr().err
 
 
 def test_verify_fails_for_a_flipped_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,25 +86,43 @@ def test_verify_fails_where_nothing_was_baked(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("names", "status", "lines"),
+    ("names", "precision", "status", "lines"),
     [
-        ("sdxl", 0, ["sdxl 11.5 GB", "together 11.5 GB, within the 70 GB budget"]),
+        ("sdxl", "bf16", 0, ["sdxl 11.5 GB, fp16", "together 11.5 GB, within the 70 GB budget"]),
         (
             "sdxl,wan21_i2v_480p",
+            "bf16",
             0,
-            ["sdxl 11.5 GB", "wan21_i2v_480p 47.2 GB", "together 58.7 GB, within the 70 GB budget"],
+            ["sdxl 11.5 GB, fp16", "wan21_i2v_480p 47.2 GB, bf16", "together 58.7 GB, within the 70 GB budget"],
         ),
         (
             "wan21_i2v_480p,wan22_i2v_svi",
+            "bf16",
             1,
-            ["wan21_i2v_480p 47.2 GB", "wan22_i2v_svi 69.1 GB", "together 104.5 GB, OVER the 70 GB budget"],
+            [
+                "wan21_i2v_480p 47.2 GB, bf16",
+                "wan22_i2v_svi 69.1 GB, bf16",
+                "together 104.5 GB, OVER the 70 GB budget",
+            ],
+        ),
+        ("wan22_i2v_svi", "fp8", 0, ["wan22_i2v_svi-fp8 36.4 GB, fp8", "together 36.4 GB, within the 70 GB budget"]),
+        (
+            "sdxl,wan21_i2v_480p,wan22_i2v_svi",
+            "int8",
+            0,
+            [
+                "sdxl 11.5 GB, fp16",
+                "wan21_i2v_480p-int8 26.5 GB, int8",
+                "wan22_i2v_svi-int8 36.4 GB, int8",
+                "together 67.1 GB, within the 70 GB budget",
+            ],
         ),
     ],
 )
-def test_dry_run_counts_shared_components_once(
-    names: str, status: int, lines: list[str], capsys: pytest.CaptureFixture[str]
+def test_dry_run_counts_shared_components_once_and_at_their_precision(
+    names: str, precision: str, status: int, lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--dry-run", "--profiles", names]) == status
+    assert main(["--dry-run", "--profiles", names, "--precision", precision]) == status
     assert [re.sub(r" +", " ", line) for line in capsys.readouterr().out.splitlines()] == lines
 
 
@@ -106,6 +139,13 @@ def test_unknown_profiles_are_refused_with_the_list(names: str, capsys: pytest.C
         main(["--dry-run", "--profiles", names])
     assert caught.value.code == 2
     assert "there are sdxl, wan21_i2v_480p, wan22_i2v_svi" in capsys.readouterr().err
+
+
+def test_unknown_precision_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--dry-run", "--precision", "fp16"])
+    assert caught.value.code == 2
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_bake_from_a_hub_end_to_end(server: HubServer, small: None, tmp_path: Path) -> None:

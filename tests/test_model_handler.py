@@ -12,13 +12,15 @@ import torch
 
 from engine import profiles, weights
 from engine.backends import Task
+from engine.card import Card
+from engine.card_errors import card_error
 from engine.geometry import VideoShape
 from engine.outputs import Frames, Images
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.settings import Settings
-from model_handler import ModelHandler, card_error
-from schemas.errors import BadOutput, Cancelled, GpuFault, OutOfMemory
+from model_handler import SAVED_MEMORY, ModelHandler
+from schemas.errors import BadOutput, Cancelled, GpuFault, OutOfMemory, RequestTooLarge
 from schemas.input_schema import parse_request
 from tests.conftest import data_uri, photo
 
@@ -154,9 +156,113 @@ def test_out_of_memory_twice_is_answered_and_the_next_job_works(tmp_path: Path) 
         return picture_of(task, _progress)
 
     models = ModelHandler(Settings(), Stage(full))
-    with pytest.raises(OutOfMemory, match="smaller size"):
-        run(models, {**IMAGE, "num_images": 2}, tmp_path)
+    with pytest.raises(OutOfMemory, match=r"; try 2 pictures of 400x400, or 1 picture of 512x512$"):
+        run(models, {**IMAGE, "num_images": 2, "height": 512, "width": 512}, tmp_path)
     assert run(models, IMAGE, tmp_path).files
+
+
+def test_second_run_after_out_of_memory_saves_memory_and_says_so(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def full_unless_saving(task: Task, progress: Progress) -> Images | Frames:
+        seen.append(task.saves_memory)
+        if not task.saves_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return picture_of(task, progress)
+
+    stage = Stage(full_unless_saving)
+    models = ModelHandler(Settings(), stage)
+    assert run(models, IMAGE, tmp_path).notes == (SAVED_MEMORY,)
+    stage.loaded[0]()._act = picture_of
+    assert run(models, IMAGE, tmp_path).notes == ()  # the next job decodes in one piece again
+    assert seen == [False, True]
+
+
+def test_out_of_memory_is_answered_when_nothing_holds_its_tensors_any_more(tmp_path: Path) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def full(_task: Task, _progress: Progress) -> Images | Frames:
+        activations = np.zeros(1_000)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemory) as caught:
+        run(ModelHandler(Settings(), Stage(full)), IMAGE, tmp_path)
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_library_without_room_for_its_workspace_is_out_of_memory_and_no_fault(words: str) -> None:
+    assert isinstance(card_error(RuntimeError(words)), OutOfMemory)
+
+
+LARGE = {**VIDEO, "height": 1280, "width": 1280, "num_frames": 81}
+
+
+def test_request_too_large_for_any_placement_loads_nothing(tmp_path: Path) -> None:
+    models = ModelHandler(Settings(vram_gib=44.5), Stage(picture_of))
+    with pytest.raises(RequestTooLarge, match="what fits: 1280x1280 with 113 frames"):
+        run(models, {**LARGE, "num_frames": 161}, tmp_path)
+    assert models.loads == 0
+
+
+def test_request_without_room_in_the_loaded_placement_loads_it_again_and_keeps_that(tmp_path: Path) -> None:
+    stage = Stage(picture_of)
+    models = ModelHandler(Settings(vram_gib=44.5), stage)
+    kinds = []
+    for payload in (VIDEO, LARGE, LARGE, VIDEO):
+        run(models, payload, tmp_path)
+        kinds.append(models._loaded["wan21_i2v_480p"].plan.kind)
+    assert kinds == ["resident", "stream", "stream", "stream"]  # streaming costs a small one nothing that shows
+    assert models.loads == 2
+    assert stage.alive == [False, True]
+
+
+def test_request_with_room_in_the_loaded_placement_loads_nothing(tmp_path: Path) -> None:
+    models = ModelHandler(Settings(vram_gib=44.5), Stage(picture_of))
+    run(models, VIDEO, tmp_path)
+    run(models, {**VIDEO, "height": 480, "width": 832, "num_frames": 161}, tmp_path)
+    assert models.loads == 1
+
+
+def test_backend_is_told_the_largest_clip_that_it_must_have_room_for(tmp_path: Path) -> None:
+    shapes: list[VideoShape | None] = []
+
+    def load(profile: Profile, _parts: object, card: Card) -> Rehearsal:
+        shapes.append(card.shape)
+        return Rehearsal(profile, picture_of)
+
+    models = ModelHandler(Settings(vram_gib=44.5), load)
+    run(models, VIDEO, tmp_path)
+    run(models, LARGE, tmp_path)
+    assert shapes == [VideoShape(81, 480, 832), VideoShape(81, 1280, 1280)]
+
+
+def test_card_without_room_for_the_usual_size_still_runs_a_smaller_one(tmp_path: Path) -> None:
+    models = ModelHandler(Settings(vram_gib=12.0), Stage(picture_of))
+    with pytest.raises(RequestTooLarge):
+        run(models, IMAGE | {"height": 1024, "width": 1024}, tmp_path)
+    assert run(models, IMAGE, tmp_path).files
+
+
+def test_large_request_pushes_a_neighbour_out_that_a_small_one_leaves(tmp_path: Path) -> None:
+    stage = Stage(picture_of)
+    models = ModelHandler(Settings(vram_gib=80.0), stage)
+    run(models, IMAGE, tmp_path)
+    run(models, VIDEO, tmp_path)
+    assert stage.alive == [True, True]
+    run(models, IMAGE | {"height": 2048, "width": 2048, "num_images": 4}, tmp_path)  # 54 GiB beside the weights
+    assert stage.alive == [True, False]
+    assert models.loads == 2
 
 
 @pytest.mark.parametrize(

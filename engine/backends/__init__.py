@@ -15,6 +15,7 @@ from schemas.input_schema import Request
 BACKENDS = {
     "sdxl": "engine.backends.sdxl:Sdxl",
     "wan": "engine.backends.wan:Wan",
+    "wan_lightning": "engine.backends.wan_lightning:WanLightning",
     "wan_svi": "engine.backends.wan_svi:WanSvi",
 }
 """Name in the profile -> class. Strings, so that a request for a picture never imports the video models."""
@@ -29,6 +30,8 @@ class Task:
     seed: int
     pictures: dict[str, Any] = field(default_factory=dict)
     """Field name of the request -> PIL RGB picture, or a list of them for a list field."""
+    saves_memory: bool = False
+    """The second run after the card ran out of memory: decode in tiles, see engine.tiled_decode."""
 
 
 class Backend(Protocol):
@@ -42,8 +45,13 @@ class Backend(Protocol):
 
 
 def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
-    """Import the profile's backend and build it from its parts, within the card's budget."""
+    """Build the profile's backend from its parts, within the card's budget."""
+    backend: Backend = import_backend(profile)(profile, parts, card)
+    return backend
+
+
+def import_backend(profile: Profile) -> Any:
+    """The class of the profile's backend. The first call takes seconds: it imports what the backend computes with."""
     import_diffusers()
     module, name = BACKENDS[profile.backend].split(":")
-    backend: Backend = getattr(import_module(module), name)(profile, parts, card)
-    return backend
+    return getattr(import_module(module), name)

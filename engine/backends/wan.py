@@ -6,6 +6,7 @@ the same on every card), progress and cancel at each step, and a decode that han
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,17 +17,19 @@ from PIL import Image
 
 from engine.backends import Task
 from engine.card import Card
-from engine.conditioning import known_mask
-from engine.frames import to_uint8
-from engine.geometry import VideoShape, fit_area
+from engine.conditioning import start_condition
+from engine.frames import stream_uint8
+from engine.geometry import VideoShape
 from engine.memo_encode import MemoEncoder
 from engine.outputs import Frames
 from engine.picture_embeds import PictureEncoder
+from engine.picture_video import Words, asked_shape, read_words
 from engine.pictures import fit_picture
 from engine.placing import place
 from engine.profile import Profile
 from engine.progress import Progress
 from engine.text import PromptEncoder
+from engine.tiled_decode import decode_tiled
 from engine.vae import decode_chunks, encode_norm
 from engine.weights import Parts
 from schemas.video_schema import VideoRequest
@@ -46,15 +49,27 @@ class Wan:
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Frames:
+        with self._placed.attended(progress):
+            return self._run(task, progress)
+
+    def _run(self, task: Task, progress: Progress) -> Frames:
         request = cast(VideoRequest, task.request)  # the profile's modes hold it
-        shape = _shape(task, request)
-        picture = fit_picture(task.pictures["image_url"], shape.height, shape.width)
+        shape = asked_shape(request, task.pictures["image_url"], task.profile.max_area)
+        self._placed.expect([shape.latent()])
         with progress.stage("encode"):
-            prompt = self._prompts.encode(request.prompt).hidden.to(self._device)
-            is_guided = request.guidance_scale > 1  # as the pipeline decides it
-            negative = (
-                self._prompts.encode(request.negative_prompt or "").hidden.to(self._device) if is_guided else None
-            )
+            words = read_words(request, self._prompts, self._device)
+        latents = self._denoise(task, request, shape, words, progress)
+        notes = (*self._placed.notes, *words.notes)
+        return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, notes)
+
+    def unload(self) -> None:
+        self._placed.unload()
+        del self._placed, self._memo, self._prompts, self._pictures
+
+    def _denoise(
+        self, task: Task, request: VideoRequest, shape: VideoShape, words: Words, progress: Progress
+    ) -> torch.Tensor:
+        """The pipeline's own loop: latents (1, 16, T, h, w) fp32."""
         with (
             progress.stage("denoise", request.num_inference_steps) as step,
             self._placed.experts.use("single") as transformer,
@@ -64,10 +79,10 @@ class Wan:
                 step()
                 return tensors
 
-            latents = self._pipeline(transformer)(
-                image=picture,
-                prompt_embeds=prompt,
-                negative_prompt_embeds=negative,
+            latents: torch.Tensor = self._pipeline(transformer)(
+                image=fit_picture(task.pictures["image_url"], shape.height, shape.width),
+                prompt_embeds=words.embedded.positive,
+                negative_prompt_embeds=words.embedded.negative,
                 height=shape.height,
                 width=shape.width,
                 num_frames=shape.frames,
@@ -77,11 +92,7 @@ class Wan:
                 output_type="latent",
                 callback_on_step_end=after_step,
             ).frames
-        return Frames(self._decoded(latents, progress), shape, request.fps, self._placed.notes)
-
-    def unload(self) -> None:
-        self._placed.unload()
-        del self._placed, self._memo, self._prompts, self._pictures
+            return latents
 
     def _pipeline(self, transformer: Any) -> Any:
         """Made anew for each job: a pipeline is a dozen references, and its scheduler has a memory."""
@@ -99,10 +110,12 @@ class Wan:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _decoded(self, latents: torch.Tensor, progress: Progress) -> Iterator[np.ndarray]:
+    def _decoded(self, latents: torch.Tensor, progress: Progress, in_tiles: bool) -> Iterator[np.ndarray]:
         with torch.inference_mode(), progress.stage("decode", latents.shape[2]) as step:
-            for chunk in decode_chunks(self._placed.decoder, latents):
-                yield to_uint8(chunk[0])
+            decode = partial(decode_chunks, self._placed.decoder)
+            chunks = decode_tiled(decode, latents) if in_tiles else decode(latents)
+            for frames in stream_uint8(chunk[0] for chunk in chunks):
+                yield frames
                 step()
         self._placed.settle()
 
@@ -137,14 +150,6 @@ class _MemoPipeline(WanImageToVideoPipeline):
             raise ValueError("one picture, no last picture, noise of its own")
         t, h, w = VideoShape(num_frames, height, width).latent()
         noise = randn_tensor((1, num_channels_latents, t, h, w), generator=generator, device=device, dtype=dtype)
-        pixels = torch.cat([image.unsqueeze(2), image.new_zeros(1, 3, num_frames - 1, height, width)], dim=2)
-        known = encode_norm(self.vae, pixels, self.memo.encode)
-        mask = known_mask(t).to(known)[None, :, :, None, None].expand(1, -1, -1, h, w)
-        return noise, torch.cat([mask, known], dim=1)
-
-
-def _shape(task: Task, request: VideoRequest) -> VideoShape:
-    if request.height is not None and request.width is not None:
-        return VideoShape(request.num_frames, request.height, request.width)
-    width, height = task.pictures["image_url"].size
-    return VideoShape(request.num_frames, *fit_area(width / height, task.profile.max_area))
+        return noise, start_condition(
+            image.unsqueeze(2), num_frames, lambda pixels: encode_norm(self.vae, pixels, self.memo.encode)
+        )

@@ -6,6 +6,7 @@ the first frame is written; and the experts have done their work when the VAE be
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from engine.chain import Clip, Wish, check_hand_over, keep, motion_after, plan, 
 from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
 from engine.conditioning import LAYOUTS, Filling, Given, condition
 from engine.denoise import ExpertSource, Prompts, denoise
-from engine.frames import to_uint8
+from engine.frames import stream_uint8
 from engine.geometry import VAE_STRIDE_S, VAE_STRIDE_T, LatentShape, VideoShape
 from engine.memo_encode import MemoEncoder
 from engine.outputs import Frames
@@ -30,6 +31,7 @@ from engine.svi_scene import Scene, read_scene, scene_size
 from engine.svi_schedule import Schedule, schedule_for
 from engine.svi_strengths import with_strengths
 from engine.text import MAX_TOKENS, PromptEncoder
+from engine.tiled_decode import decode_tiled
 from engine.vae import decode_chunks, decode_end_single, encode_norm
 from engine.weights import Parts
 from schemas.svi_schema import SviEndframeRequest
@@ -76,7 +78,12 @@ class WanSvi:
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Frames:
+        with self._placed.attended(progress):
+            return self._run(task, progress)
+
+    def _run(self, task: Task, progress: Progress) -> Frames:
         job = self._job(task)
+        self._placed.expect(job.latent(clip.latent_frames) for clip in job.clips)
         scene = read_scene(job.request, task.pictures, job.height, job.width)
         with progress.stage("encode"):
             prompts, notes = self._embed(job)
@@ -86,7 +93,7 @@ class WanSvi:
         anchor = anchor_digest(scene.given.anchor)
         state = _state_after(job, film, anchor) if job.request.return_state else None
         return Frames(
-            self._decoded(film, progress),
+            self._decoded(film, progress, task.saves_memory),
             VideoShape(returned_frames(job.clips), job.height, job.width),
             job.request.fps,
             (*_notes(job, anchor), *notes),
@@ -174,13 +181,16 @@ class WanSvi:
         return encode_norm(self._placed.vae, pixels, self._memo.encode)
 
     @torch.inference_mode()
-    def _decoded(self, film: Film, progress: Progress) -> Iterator[np.ndarray]:
+    def _decoded(self, film: Film, progress: Progress, in_tiles: bool) -> Iterator[np.ndarray]:
         """Decode and join: uint8 (f, height, width, 3), a latent frame at a time."""
         with progress.stage("decode", sum(latents.shape[2] for _, latents in film)) as step:
             for clip, latents in film:
-                decode = decode_end_single if LAYOUTS[clip.layout].end_alone else decode_chunks
-                for chunk in keep(_counted(decode(self._placed.decoder, latents), step), clip.kept):
-                    yield to_uint8(chunk[0])
+                by_layout = decode_end_single if LAYOUTS[clip.layout].end_alone else decode_chunks
+                decode = partial(by_layout, self._placed.decoder)
+                decoded = decode_tiled(decode, latents) if in_tiles else decode(latents)
+                chunks = keep(_counted(decoded, step), clip.kept)
+                yield from stream_uint8(chunk[0] for chunk in chunks)
+        self._placed.settle()
 
 
 def _wish(request: SviEndframeRequest, seed: int, state: ChainState | None) -> Wish:

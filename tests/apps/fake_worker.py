@@ -2,7 +2,7 @@
 
 FAKE_CHECK=fail makes its fitness check fail. FAKE_HASTE=1 shortens the SDK's sleep of 1 s between two jobs.
 FAKE_WITHOUT names a guard to run without, which shows that its test would notice: drain, latch, heartbeat,
-quiet or wait.
+quiet, wait, watch or patience.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from apps import runpod_loop
 from apps.runpod_jobs import Jobs
-from apps.runpod_watch import Limits
+from apps.runpod_watch import Limits, Pulse
 from apps.runpod_worker import serve
 from engine.settings import Settings
 from schemas.errors import WeightsCorrupt
@@ -73,6 +73,27 @@ def without_wait() -> None:
         return await asyncio.to_thread(self._work, job, Progress())
 
     Jobs._generate = run_in_a_thread
+
+
+def without_watch() -> None:
+    def see_nothing(_self):
+        return None
+
+    Pulse.overdue = see_nothing
+
+
+def without_patience() -> None:
+    """Post a result as the SDK does: three times, within seconds."""
+    from runpod.serverless.modules import rp_http
+
+    transmit = rp_http._transmit
+    install = runpod_loop.install
+
+    def install_all_but_the_post(jobs, limits):
+        install(jobs, limits)
+        rp_http._transmit = transmit
+
+    runpod_loop.install = install_all_but_the_post
 
 
 def hurry() -> None:

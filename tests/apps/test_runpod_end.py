@@ -4,6 +4,7 @@ Each scenario has a worker process and a server of its own, and mostly waits; so
 """
 
 import re
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +16,11 @@ from random import Random
 import pytest
 
 from tests.apps.conftest import FAKE_WORKER
+from tests.figures import Count, Figure
 from tests.servers.runpod_server import Fault, RunPodServer
 from tests.servers.worker_process import start_worker
+
+pytest_plugins = ["tests.figures"]
 
 HAND_OUT_S = 1.5
 """Limits.hand_out_s: how long a worker still listens after SIGTERM."""
@@ -112,6 +116,24 @@ def a_hung_step_is_answered_and_logged_and_ends_the_worker(folder: Path) -> None
         assert re.search(r"thread card_0:\n(.*\n)*.*fake_job.py", worker.log())
 
 
+def without_the_watch_a_hung_job_keeps_the_worker(folder: Path) -> None:
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder, {"FAKE_WITHOUT": "watch"}) as worker:
+        server.queue("job0", {"steps": 3, "step_s": 0.05, "then": "hang"})
+        server.wait_for("progress", "job0")
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1.0 + 4.0)  # Limits.step_s in fake_worker
+        assert server.of("result") == []
+
+
+def without_our_patience_a_result_is_lost_in_an_outage_of_seven_posts(folder: Path) -> None:
+    server = RunPodServer(result_faults=deque([Fault(503)] * 7))
+    with server, start_worker(server, [FAKE_WORKER], folder, {"FAKE_WITHOUT": "patience"}):
+        server.queue("job0", {})
+        server.queue("job1", {})
+        server.wait_for("hand_out", "job1")
+        assert server.of("result", "job0") == []
+
+
 def a_stop_for_a_hung_job_ends_the_worker_without_an_answer(folder: Path) -> None:
     with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder) as worker:
         server.queue("job0", {"steps": 3, "step_s": 0.05, "then": "hang"})
@@ -174,6 +196,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
         without_the_latch_a_worker_without_a_card_takes_the_next_job,
         a_worker_that_cannot_post_its_fault_leaves_all_the_same,
         a_hung_step_is_answered_and_logged_and_ends_the_worker,
+        without_the_watch_a_hung_job_keeps_the_worker,
+        without_our_patience_a_result_is_lost_in_an_outage_of_seven_posts,
         a_stop_for_a_hung_job_ends_the_worker_without_an_answer,
         a_step_that_freezes_the_interpreter_ends_the_worker_with_its_stacks,
         a_killed_worker_takes_its_heartbeat_along,
@@ -212,13 +236,17 @@ def run_many(scenarios: list[Callable[[Path], None]], folder: Path) -> int:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_200_jobs_handed_out_around_sigterm_are_answered_once(tmp_path: Path) -> None:
+def test_200_jobs_handed_out_around_sigterm_are_answered_once(tmp_path: Path, figure: Figure) -> None:
     random = Random(0)
     trials = [partial(end_around_a_job, random.uniform(-0.5, 0.5)) for _ in range(200)]
-    assert run_many(trials, tmp_path) == 200
+    answered = run_many(trials, tmp_path)
+    figure("jobs around SIGTERM answered exactly once", Count(answered, 200))
+    assert answered == 200
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_50_lost_cards_are_answered_and_their_workers_leave(tmp_path: Path) -> None:
-    assert run_many([a_lost_card_is_answered_and_the_worker_leaves_without_another_job] * 50, tmp_path) == 50
+def test_50_lost_cards_are_answered_and_their_workers_leave(tmp_path: Path, figure: Figure) -> None:
+    left = run_many([a_lost_card_is_answered_and_the_worker_leaves_without_another_job] * 50, tmp_path)
+    figure("sticky faults answered, no job taken after, gone within 30 s", Count(left, 50))
+    assert left == 50

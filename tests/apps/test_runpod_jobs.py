@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from apps.runpod_answers import FirstAnswers
 from apps.runpod_jobs import Jobs, deadline_s
 from apps.runpod_watch import Limits
 from engine.progress import Progress
@@ -76,6 +77,17 @@ def test_the_same_job_that_comes_together_runs_once() -> None:
     jobs = Jobs(card, SETTINGS)
     assert asyncio.run(both()) == [{"done": "a"}, {"done": "a"}]
     assert card.notes == [("on", "a"), ("off", "a")]
+
+
+def test_without_its_first_answer_a_job_that_comes_again_would_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def both() -> list[dict[str, Any]]:
+        return await asyncio.gather(jobs.answer(job("a")), jobs.answer(job("a")))
+
+    monkeypatch.setattr(FirstAnswers, "recall", lambda *_: None)
+    card = Card()
+    jobs = Jobs(card, SETTINGS)
+    asyncio.run(both())
+    assert card.notes == [("on", "a"), ("off", "a")] * 2
 
 
 def test_a_cancelled_job_runs_when_it_comes_again() -> None:

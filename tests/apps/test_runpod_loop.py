@@ -10,8 +10,11 @@ from random import Random
 import pytest
 
 from tests.apps.conftest import FAKE_WORKER, Running
+from tests.figures import Count, Figure
 from tests.servers.runpod_server import Fault, RunPodServer
 from tests.servers.worker_process import start_worker
+
+pytest_plugins = ["tests.figures"]
 
 
 def test_a_job_is_answered_with_what_it_returned(running: Running) -> None:
@@ -204,13 +207,16 @@ def test_without_the_quiet_log_the_canaries_would_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_100_stopped_jobs_leave_the_card_within_a_step(running: Running) -> None:
+@pytest.mark.timeout(900)
+def test_100_stopped_jobs_leave_the_card_within_a_step(running: Running, figure: Figure) -> None:
     for run in range(100):
         cancel_at_a_step(running, 0.1 + 0.0037 * run, free_within_s=0.05 + 0.5)
+        figure("stopped jobs off the card within a step + 0.5 s, none beside the next job", Count(1, 1))
 
 
 @pytest.mark.soak
-def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: Running) -> None:
+@pytest.mark.timeout(900)
+def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: Running, figure: Figure) -> None:
     random = Random(0)
     job_ids = [running.new_id() for _ in range(100)]
     for job_id in job_ids:
@@ -224,11 +230,19 @@ def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: R
         for event in running.server.of("progress", job_id)
         if event.at > running.server.of("result", job_id)[0].at
     ]
+    posted = sum(len(running.server.of("progress", job_id)) for job_id in job_ids)
+    figure("late progress", f"{len(late)} of 2,000 updates ({posted:,} posted, the others superseded)")
+    assert posted > 50
     assert late == []
 
 
 @pytest.mark.soak
-def test_no_canary_is_in_the_log_after_200_jobs(running: Running) -> None:
+@pytest.mark.timeout(900)
+def test_no_canary_is_in_the_log_after_200_jobs(running: Running, figure: Figure) -> None:
     for _ in range(29):  # 7 jobs each
         run_jobs_with_canaries(running)
-    assert "canary" not in running.worker.log().lower()
+    log = running.worker.log().lower()
+    answers = json.dumps([event.body for event in running.server.of("result") if "error" in event.body]).lower()
+    figure("canaries in the log of 203 jobs, in their errors", f"{log.count('canary')}, {answers.count('canary')}")
+    assert "canary" not in log
+    assert "canary" not in answers

@@ -5,6 +5,8 @@ import itertools
 import threading
 from typing import Any
 
+import pytest
+
 from apps.runpod_progress import Reporter
 from apps.runpod_watch import Limits
 from engine.progress import Update
@@ -81,6 +83,16 @@ def test_nothing_is_posted_after_close() -> None:
     closed = asyncio.run(report(listener, steps=10, pause_s=0.01))
     assert listener.taken[-1][0] <= closed
     assert 999 not in listener.steps
+
+
+def test_without_the_close_an_update_would_come_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def leave_alone(_self: Reporter) -> None:
+        return None
+
+    monkeypatch.setattr(Reporter, "close", leave_alone)
+    listener = Listener(delay_s=0.03)
+    closed = asyncio.run(report(listener, steps=10, pause_s=0.01))
+    assert listener.taken[-1][0] > closed
 
 
 def test_a_slow_listener_delays_the_close_by_its_timeout_at_most() -> None:

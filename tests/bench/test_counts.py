@@ -1,6 +1,6 @@
 """What a job does, as numbers that hold at any size: a change that makes jobs dearer fails here."""
 
-from bench.counts import count_experts, count_jobs
+from bench.counts import count_encodes, count_experts, count_jobs
 
 # Of 13 frames at 64 x 64. Layout svi_latent encodes two pictures alone; the end is decoded alone as well. The first
 # encode of a shape is compared with the stock one: three runs where a second job has two.
@@ -30,6 +30,12 @@ def test_svi_job_makes_six_forwards_and_remembers_its_prompt(twins):
     }
 
 
+def test_guided_phase_makes_two_forwards_a_step_and_the_other_one(twins):
+    _, second = count_jobs("svi_endframe", twins, guidance_scale=3.0)
+    assert (second["transformer"], second["transformer_2"]) == (4, 4)
+    assert "text_encoder" not in second
+
+
 def test_second_job_loads_nothing(twins):
     first, second = count_jobs("svi_endframe", twins)
     assert all(count == 1 for name, count in first.items() if name.startswith("load "))
@@ -56,5 +62,20 @@ def test_image_job_makes_base_and_refiner_forwards(twins):
     assert (second["unet"], second["refiner_unet"]) == (25, 15)
 
 
-def test_experts_share_one_graph_and_a_warm_job_moves_each_once(twins):
-    assert count_experts(twins) == {"graphs": 1, "experts moved, warm job": 2.0}
+def test_two_experts_of_40_blocks_share_one_graph_swap_and_are_repaired(twins):
+    assert count_experts(twins) == {
+        "graphs, first job": 1,
+        "graphs, second job": 0,
+        "experts moved, second job": 2.0,
+        "experts moved, both resident": 0.0,
+        "a fault broke the swap": True,
+        "equal after the fault": True,
+    }
+
+
+def test_encode_of_81_frames_follows_the_stored_schedule(twins):
+    """21 chunks; the twin has fewer stages than the real VAE, whose schedule tests/engine/test_memo_encode.py holds."""
+    assert count_encodes(twins) == {
+        "start": (3, 3, 3, 4, 5, 6, 6, 9, 15, 15),
+        "start and end": (4, 4, 4, 5, 6, 7, 7, 10, 15, 16),
+    }

@@ -5,10 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import random_parts
+from bench.jobs import JOBS, as_real, located
 from bench.random_parts import RandomParts
+from bench.watch import Watch, WatchedParts
+from engine.parts import empty_model, read_config
 from engine.profiles import PROFILES
+from engine.progress import Progress
 from engine.settings import Settings
 from engine.weights import locate
+from model_handler import ModelHandler
 
 SDXL = PROFILES["sdxl"]
 
@@ -47,3 +53,49 @@ def test_random_part_follows_the_seed(parts: RandomParts) -> None:
 def test_rest_comes_from_the_twin(parts: RandomParts) -> None:
     assert parts.load("tokenizer").model_max_length == 77
     assert parts.load("scheduler").config.beta_start == 0.00085
+
+
+@pytest.fixture
+def tiny(twins: Path, monkeypatch: pytest.MonkeyPatch) -> RandomParts:
+    """Drawn parts of the two-expert profile, in the twin's sizes."""
+    rest = located("svi_endframe", twins)[1]
+    sized = {component.name: read_config(component, rest.folders[component.name]) for component in _models(rest)}
+    monkeypatch.setattr(random_parts, "published_model", lambda part: empty_model(part, sized[part.name]))
+    return RandomParts(rest.profile, rest)
+
+
+def _models(parts):
+    return [component for component in parts.profile.components if component.dtype]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_worker_takes_drawn_parts_as_it_takes_baked_ones(tiny: RandomParts, twins, tmp_path, precision) -> None:
+    job, watch = JOBS["svi_endframe"], Watch()
+    models = ModelHandler(Settings(weights_dir=twins, precision=precision))
+    task = job.task(tiny.profile, 1, job.small)
+    made = models.generate(task, WatchedParts(tiny, watch), tmp_path, Progress())
+    assert made.files[0].frames == 13
+    assert {name: len(calls) for name, calls in watch.take().items() if name.startswith("transformer")} == {
+        "transformer": 2, "transformer_2": 4,
+    }  # fmt: skip
+    models.unload_all()
+
+
+def test_shallower_model_has_fewer_blocks_and_nothing_else_changed(tiny: RandomParts) -> None:
+    whole, cut = tiny.load("transformer"), RandomParts(tiny.profile, tiny.rest, blocks=1).load("transformer")
+    assert len(whole.blocks) > 1
+    assert len(cut.blocks) == 1
+    assert cut.state_dict().keys() == {name for name in whole.state_dict() if not _is_later_block(name)}
+
+
+def _is_later_block(name: str) -> bool:
+    return name.startswith("blocks.") and not name.startswith("blocks.0.")
+
+
+def test_twin_passes_for_the_real_profile_where_it_is_asked_to(twins, tmp_path) -> None:
+    profile = PROFILES["wan22_i2v_svi"]
+    settings = Settings(weights_dir=as_real(profile, twins, tmp_path))
+    assert (locate(profile, settings).profile.is_twin, located("svi_endframe", twins)[1].profile.is_twin) == (
+        False,
+        True,
+    )

@@ -122,6 +122,49 @@ def test_choose_skips_a_kernel_whose_result_is_off(hopper):
     assert chosen.notes == ("attention kernel flash4 is not used: its result is off (relative error 0.100)",)
 
 
+EVERY = ["flash4", "cudnn", "flash2", "sage", "xformers", "native"]
+
+
+def test_every_named_kernel_is_in_the_table():
+    assert list(KERNELS) == EVERY
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "native"])
+def test_each_kernel_that_is_wrong_is_skipped_and_said(hopper, name):
+    """Wanted first, wrong in one row only; then the next of the table is asked."""
+
+    def black_row(query, key, value):
+        out = KERNELS["native"].attend(query, key, value)
+        out[:, 0] = float("nan")
+        return out
+
+    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    chosen = choose("cuda", name, kernels={**right, name: replace(right[name], attend=black_row)})
+    assert chosen.name == ("cudnn" if name == "flash4" else "flash4")
+    assert chosen.notes == (f"attention kernel {name} is not used: its result is off (relative error inf)",)
+    assert choose("cuda", name, kernels=right) == attention.Choice(name)
+
+
+def test_no_kernel_is_tested_after_one_that_passes(hopper):
+    tried = []
+
+    def remembering(name, is_right):
+        def attend(query, key, value):
+            tried.append(name)
+            out = KERNELS["native"].attend(query, key, value)
+            return out if is_right else -out
+
+        return attend
+
+    watched = {name: replace(kernel, attend=remembering(name, name == "cudnn")) for name, kernel in KERNELS.items()}
+    assert choose("cuda", kernels=watched).name == "cudnn"
+    assert tried == ["flash4", "cudnn"]
+
+
+def test_self_test_meets_one_head_size_that_is_the_models_own():
+    assert {shape[3] for shape in attention.SHAPES} == {128}
+
+
 def test_choose_skips_packages_that_are_missing(hopper):
     chosen = choose("cuda")  # neither flash-attn-4 nor FlashAttention-2 is installed here, and cuDNN needs a card
     assert chosen.name == "native"

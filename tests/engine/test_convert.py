@@ -62,6 +62,19 @@ def test_convert_refuses_what_is_not_finite_after_the_cast(spoilt: Path, tmp_pat
         converted(VAE, spoilt, tmp_path / "out")
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_convert_refuses_what_no_8_bit_scale_can_carry(spoilt: Path, tmp_path: Path, precision: str) -> None:
+    component = SVI.baked_in(precision).component("text_encoder")
+    folder = spoilt / component.source.repo / "text_encoder"
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    change(folder / index["weight_map"][name], lambda tensors: tensors[name][3, 5].fill_(float("inf")))
+    with pytest.raises(
+        BakeFailed, match=rf"wo\.weight is not finite in torch\.{'float8' if precision == 'fp8' else 'int8'}"
+    ):
+        converted(component, spoilt, tmp_path / "out")
+
+
 def test_convert_takes_no_notice_of_position_ids(spoilt: Path, tmp_path: Path) -> None:
     component = SDXL.component("text_encoder")
     path = spoilt / component.source.repo / "text_encoder/model.fp16.safetensors"

@@ -11,7 +11,10 @@ from engine import decode_child
 from engine.pictures import decode_picture
 from schemas.errors import InvalidMedia
 from tests import zoo
+from tests.figures import Count, Figure
 from tests.zoo import PNG_MAGIC, chunk, ihdr, photo, save
+
+pytest_plugins = ["tests.figures"]
 
 SENTENCES = {None, zoo.NOT_A_PICTURE, zoo.TOO_LARGE, zoo.TOO_SMALL, zoo.TOO_MANY_SCANS, zoo.DAMAGED, zoo.MEMORY}
 
@@ -115,8 +118,9 @@ def test_child_raises_only_from_its_closed_list_for_mutants_of(name):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")  # as the child does
 @pytest.mark.parametrize("name", FUZZED)
-def test_child_raises_only_from_its_closed_list_for_many_mutants_of(name):
+def test_child_raises_only_from_its_closed_list_for_many_mutants_of(name, figure: Figure):
     assert fuzz(name, 10_000, seed=2) == {True, False}
+    figure("mutants of pictures with an exception off the list", Count(0, 10_000))
 
 
 @pytest.mark.parametrize("name", FUZZED)

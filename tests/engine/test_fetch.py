@@ -8,13 +8,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from engine import addresses, fetch
 from engine.fetch import UNREACHABLE, check_endpoint
 from schemas.errors import FetchFailed
+from tests.figures import Figure
 from tests.servers.http_peer import Peer, redirect, serve
+
+pytest_plugins = ["tests.figures"]
 
 GOOD, FORBIDDEN = "127.0.0.1", "127.0.0.2"
 
@@ -100,11 +104,13 @@ def both_loopbacks(monkeypatch):
         yield peers
 
 
-def test_fetch_never_reaches_a_private_listener_by_any_form(monkeypatch):
+def test_fetch_never_reaches_a_private_listener_by_any_form(monkeypatch, figure: Figure):
     with both_loopbacks(monkeypatch) as peers:
         urls = hostile_urls(peers[0].port)
         assert len(urls) >= 59
         assert len(try_all(urls)) == len(urls)
+    hits = sum(peer.hits for peer in peers)
+    figure("connections by hostile forms of a URL", f"{hits} by {len(urls)} forms, at {len(peers)} listeners")
     assert [peer.hits for peer in peers] == [0] * len(peers)
 
 
@@ -138,6 +144,19 @@ def test_fetch_connects_to_the_address_it_checked_when_the_name_rebinds(public_l
             fetch.fetch(url, resolve=rebind)
     assert (good.hits, bad.hits) == (1, 0)
     assert f"Host: rebind.example:{good.port}" in good.requests[0]
+
+
+def test_fetch_would_go_where_the_name_leads_now_without_the_pinned_address(public_loopback, monkeypatch):
+    answers = iter([GOOD, FORBIDDEN])
+
+    def connect_by_name(target, _addresses, _deadline):
+        return socket.create_connection((next(answers), target.port))
+
+    monkeypatch.setattr(fetch, "connect", connect_by_name)
+    with Peer(serve(b"good")) as good, Peer(serve(b"bad"), host=FORBIDDEN, port=good.port) as bad:
+        url = f"http://rebind.example:{good.port}/"
+        assert fetch.fetch(url, resolve=lambda _host, _port: [next(answers)]) == b"bad"
+    assert (good.hits, bad.hits) == (0, 1)
 
 
 @pytest.mark.parametrize("found", [[GOOD, FORBIDDEN], [FORBIDDEN, GOOD], [GOOD, "::1"], []])
@@ -221,6 +240,14 @@ def test_fetch_uses_no_proxy_of_the_environment(variable, monkeypatch):
         monkeypatch.setenv(variable, proxy.url())
         assert fetch.fetch(peer.url(), allow=peer.allow) == b"direct"
     assert proxy.hits == 0
+
+
+def test_another_client_would_use_the_proxy_of_the_environment(monkeypatch):
+    with Peer(serve(b"direct")) as peer, Peer(serve(b"proxied")) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url())
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert urlopen(peer.url(), timeout=5).read() == b"proxied"
 
 
 def test_fetch_says_the_same_of_closed_blocked_and_unknown_hosts(public_loopback):

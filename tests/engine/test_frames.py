@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.frames import image_to_uint8, to_uint8
+from engine.frames import AHEAD, image_to_uint8, stream_uint8, to_uint8
 from schemas.errors import BadOutput
 
 
@@ -71,3 +71,42 @@ def test_image_to_uint8_gives_height_width_colour():
     assert picture[1, 3].tolist() == [0, 128, 255]
     with pytest.raises(BadOutput):
         image_to_uint8(image * torch.nan)
+
+
+def grey(level: int) -> torch.Tensor:
+    return torch.full((3, 1, 2, 2), level / 127.5 - 1)
+
+
+def test_stream_uint8_is_to_uint8_of_each_chunk_in_order():
+    chunks = [torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(7)]
+    for streamed, chunk in zip(stream_uint8(iter(chunks)), chunks, strict=True):
+        assert np.array_equal(streamed, to_uint8(chunk))
+
+
+def test_stream_uint8_yields_the_chunks_before_one_that_is_no_number_and_then_refuses():
+    stream = stream_uint8([grey(1), grey(2), grey(3) * torch.nan, grey(4)])
+    assert [next(stream)[0, 0, 0, 0] for _ in range(2)] == [1, 2]
+    with pytest.raises(BadOutput):
+        next(stream)
+
+
+def test_stream_uint8_computes_on_a_cpu_only_what_is_taken():
+    taken = []
+    stream = stream_uint8(taken.append(i) or grey(i) for i in range(5))
+    next(stream)
+    assert taken == [0]
+
+
+def test_stream_uint8_of_nothing_is_nothing():
+    assert list(stream_uint8([])) == []
+
+
+@pytest.mark.gpu
+def test_stream_uint8_from_a_card_is_ahead_and_equal():
+    chunks = [torch.rand(3, 4, 64, 64, device="cuda") * 2 - 1 for _ in range(9)]
+    taken = []
+    stream = stream_uint8(taken.append(1) or chunk for chunk in chunks)
+    first = next(stream)
+    assert len(taken) == AHEAD + 1
+    for streamed, chunk in zip([first, *stream], chunks, strict=True):
+        assert np.array_equal(streamed, to_uint8(chunk.cpu()))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,65 @@ def test_guest_looks_a_host_up_once_a_request(bucket, monkeypatch) -> None:
     with suppress(StoreRefused):
         read(guest_of(bucket))
     assert asked == ["127.0.0.1"]
+
+
+def slow_resolver(_host: str, _port: int) -> list[str]:
+    over.wait(30)
+    return ["127.0.0.1"]
+
+
+def test_guest_whose_name_takes_for_ever_is_left_when_the_connection_has_had_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(guest_wire, "REACH_S", 0.3)
+    monkeypatch.setattr(guest_wire, "system_resolver", slow_resolver)
+    with listener(lambda _: None) as (slow, lasted):
+        started = time.monotonic()
+        with pytest.raises(StoreUnwell):
+            read(guest_of(slow))
+        assert time.monotonic() - started < 2.0
+        assert lasted == []
+
+
+def test_guest_would_wait_for_the_resolver_without_the_guarded_lookup(monkeypatch) -> None:
+    """The control: the system's resolver has no limit but its own."""
+
+    def ask() -> None:
+        with suppress(StoreUnwell):
+            read(guest_of(slow))
+
+    monkeypatch.setattr(guest_wire, "REACH_S", 0.3)
+    monkeypatch.setattr(guest_wire, "look_up", lambda target, _, __: [ip_address(slow_resolver(target.host, 0)[0])])
+    with listener(lambda _: None) as (slow, _):
+        waiting = threading.Thread(target=ask, daemon=True)
+        waiting.start()
+        waiting.join(2.0)
+        assert waiting.is_alive()
+    waiting.join(5.0)
+
+
+def test_guest_whose_name_does_not_resolve_is_asked_again_later(bucket, monkeypatch) -> None:
+    def resolve(_host: str, _port: int) -> list[str]:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(guest_wire, "system_resolver", resolve)
+    with pytest.raises(StoreUnwell, match="the store did not answer"):
+        read(guest_of(bucket))
+
+
+def test_guest_whose_tls_stalls_is_left_when_the_connection_has_had_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(guest_wire, "REACH_S", 0.3)
+    with listener(lambda _: over.wait(30)) as (slow, _):
+        started = time.monotonic()
+        with pytest.raises(StoreUnwell):
+            read(guest_of(replace(slow, endpoint_url=slow.endpoint_url.replace("http:", "https:"))))
+        assert time.monotonic() - started < 2.0
+
+
+def test_guest_is_reached_at_the_next_address_when_one_is_closed(proxy, bucket, monkeypatch) -> None:
+    moved = replace(bucket, endpoint_url=f"http://store.example:{proxy.port}")
+    monkeypatch.setattr(guest_wire, "system_resolver", lambda _host, _port: ["127.0.0.2", "127.0.0.1"])
+    with pytest.raises(StoreRefused):  # it was asked, and has no such key
+        read(guest_of(moved, f"store.example:{proxy.port}"))
+    assert len(proxy.requests) == 1
 
 
 @pytest.mark.parametrize(

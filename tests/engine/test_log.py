@@ -166,6 +166,14 @@ def test_own_records_are_redacted_with_their_tracebacks(own: logging.Logger, str
     assert "canary" not in stream.getvalue()
 
 
+def test_without_the_redaction_they_would_show(
+    own: logging.Logger, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "redact", lambda text, _secrets: text)
+    own.info("GET https://b.example/?sig=canary by canary-key-id")
+    assert lines(stream)[0]["message"] == "GET https://b.example/?sig=canary by canary-key-id"
+
+
 def test_the_stores_keys_never_show(own: logging.Logger, stream: io.StringIO) -> None:
     own.info("signed by canary-key-id with canary secret, key")
     assert lines(stream)[0]["message"] == "signed by *** with ***"

@@ -1,5 +1,7 @@
 """The memoised encode: equal to the stock one to the last bit, in a known number of stage runs."""
 
+import gc
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -111,11 +113,55 @@ def test_resting_without_comparing_the_kept_frames_would_be_wrong(tiny, monkeypa
     assert not torch.equal(moments(MemoEncoder(tiny, verify=False).encode(pixels)), moments(tiny.encode(pixels)))
 
 
-def test_settled_stage_lets_its_input_go(tiny):
-    """At full size a chunk is 613 MB; every stage but the last two has settled by the end of a still film."""
+def test_only_a_stage_that_will_run_on_it_again_holds_its_input(tiny):
+    """At full size a chunk is 613 MB. By the end of a still film all have settled but the last two, and of those the
+    head gets a new chunk each time."""
     _, stages = memo_encode._encode(tiny, list(memo_encode._chunks(make_pixels(81, 16))))
     held = [stage.given.frames is not None for stage in stages]
-    assert held == [False] * 12 + [True] * 2
+    assert held == [False] * 12 + [True, False]
+
+
+def test_film_without_a_still_holds_no_inputs_between_stages(tiny):
+    pixels = make_pixels(13, 16, start_frames=13)
+    _, stages = memo_encode._encode(tiny, list(memo_encode._chunks(pixels)))
+    assert [stage.given.frames is not None for stage in stages] == [True] + [False] * 13  # the first: a view of pixels
+
+
+def test_settled_output_is_let_go_when_another_chunk_comes(tiny):
+    """Of a still film with an end picture: nothing that a stage made of the still outlives the end."""
+    still = list(memo_encode._chunks(make_pixels(81, 16)))
+    _, stages = memo_encode._encode(tiny, still)
+    made = [stage.made for stage in stages]
+    end = memo_encode.Chunk(torch.ones(1, 3, 4, 16, 16), comes_again=True)
+    for stage in stages:
+        end = stage(end)
+    assert all(chunk.frames is None for chunk in made if chunk is not None)
+    assert sum(chunk is not None for chunk in made) == 12
+
+
+def test_stock_encode_that_verifies_runs_beside_no_kept_frames(tiny, monkeypatch):
+    stages_alive = []
+    stock = tiny.encode
+
+    def encode(pixels):
+        stages_alive.append(sum(isinstance(thing, memo_encode.Stage) for thing in gc.get_objects()))
+        return stock(pixels)
+
+    monkeypatch.setattr(tiny, "encode", encode)
+    gc.collect()
+    MemoEncoder(tiny).encode(make_pixels(21, 16))
+    assert stages_alive == [0]
+
+
+def test_kept_frames_tell_whether_any_of_them_changed():
+    kept = memo_encode.Kept(2)
+    kept[0], kept[1] = torch.zeros(2), torch.zeros(2)
+    kept.has_changed = False
+    kept[0] = torch.zeros(2)
+    assert not kept.has_changed
+    kept[1] = torch.ones(2)
+    kept[0] = torch.zeros(2)
+    assert kept.has_changed
 
 
 def test_verify_compares_each_pattern_once(tiny, monkeypatch):

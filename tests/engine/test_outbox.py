@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine import outbox
 from engine.outbox import Entry
 from schemas.errors import DeliveryFailed, SettingsError
+from tests.figures import Count, Figure
 from tests.servers.buckets import media_file
+
+pytest_plugins = ["tests.figures"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -167,6 +171,17 @@ def test_sweep_sets_a_damaged_entry_aside_and_never_delivers_it(tmp_path: Path, 
     assert taken(box) == []
 
 
+def test_sweep_would_deliver_a_damaged_file_without_the_hash(
+    tmp_path: Path, box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.keep(box, entry(tmp_path))
+    (place,) = box.iterdir()
+    (place / "file").write_bytes(b"framez")
+    believed = json.loads((place / "entry.json").read_text())["file"]["sha256"]
+    monkeypatch.setattr(outbox.hashlib, "file_digest", lambda *_: SimpleNamespace(hexdigest=lambda: believed))
+    assert taken(box) == [("worker/ab/video.mp4", b"framez")]
+
+
 def test_sweep_clears_what_killed_workers_left_once_it_is_old(tmp_path: Path, box: Path) -> None:
     box.mkdir()
     for name, age_s in ((".in-old", 4000), (".out-old", 4000), (".in-new", 10)):
@@ -274,11 +289,12 @@ def test_sweep_goes_on_where_a_killed_one_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(1, 31))
-def test_outbox_survives_thirty_kills_each(tmp_path: Path, seed: int) -> None:
+def test_outbox_survives_thirty_kills_each(tmp_path: Path, seed: int, figure: Figure) -> None:
     (tmp_path / "keep").mkdir()
     (tmp_path / "sweep").mkdir()
     check_kill_in_keep(tmp_path / "keep", seed)
     check_kill_in_sweep(tmp_path / "sweep", seed)
+    figure("outbox whole after kill -9 while it was filled and while it was swept", Count(2, 2))
 
 
 def test_sweep_by_two_workers_at_once_loses_and_damages_nothing(tmp_path: Path) -> None:

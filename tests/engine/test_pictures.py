@@ -14,7 +14,10 @@ from PIL import Image, PngImagePlugin
 from engine import decode_child, pictures, sandbox
 from engine.pictures import decode_picture, encode_picture, fit_picture, has_too_many_scans, load_picture, write_picture
 from schemas.errors import BadOutput, EncodingFailed, FetchFailed, InvalidMedia
+from tests.figures import Figure, Worst
 from tests.zoo import QUARTERS, photo, png, save, scan_bomb, zoo
+
+pytest_plugins = ["tests.figures"]
 
 SPECIMENS = list(zoo())
 
@@ -39,7 +42,7 @@ def test_decode_picture_judges(specimen):
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
-def test_zoo_costs_the_parent_no_memory_and_no_child_more_than_its_limit(every, tmp_path):
+def test_zoo_costs_the_parent_no_memory_and_no_child_more_than_its_limit(every, tmp_path, figure: Figure):
     """In a process of its own, whose children are these only. A started child counts its parent's memory as its own."""
     for number, specimen in enumerate(SPECIMENS[::every]):
         (tmp_path / f"{number:03}").write_bytes(specimen.data)
@@ -60,6 +63,8 @@ def test_zoo_costs_the_parent_no_memory_and_no_child_more_than_its_limit(every, 
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=True)
     growth, children = (int(word) for word in done.stdout.split())
+    figure("hostile pictures: memory of a child", Worst(children / 2**30, "GiB", 1.1))
+    figure("hostile pictures: growth of the worker", Worst(growth / 2**20, "MiB", 16))
     assert growth < 16 * 2**20
     assert children < 1.1 * 2**30
 
@@ -80,12 +85,14 @@ def test_decode_picture_would_take_long_over_a_scan_bomb_without_that(monkeypatc
 
 
 @pytest.mark.soak
-def test_child_ends_a_scan_bomb_within_its_limits_without_that(monkeypatch):
+def test_child_ends_a_scan_bomb_within_its_limits_without_that(monkeypatch, figure: Figure):
     monkeypatch.setattr(pictures, "has_too_many_scans", lambda _: False)
     data = scan_bomb(50_000)
     started = time.monotonic()
     assert verdict(data) == "the picture takes too long to decode"
-    assert 4.5 < time.monotonic() - started < 5.5
+    seconds = time.monotonic() - started
+    figure("a JPEG of 50,000 scans without the scan count", Worst(seconds, "s", 5.5))
+    assert 4.5 < seconds < 5.5
 
 
 @pytest.mark.parametrize(
@@ -132,11 +139,13 @@ WORST = {
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", WORST)
-def test_worst_pictures_are_decoded_or_refused_in_time(name):
+def test_worst_pictures_are_decoded_or_refused_in_time(name, figure: Figure):
     data = WORST[name]()
     started = time.monotonic()
     assert verdict(data) in (None, "the picture takes too long to decode")
-    assert time.monotonic() - started < 5.5
+    seconds = time.monotonic() - started
+    figure("the worst pictures within the limits", Worst(seconds, "s", 5.5))
+    assert seconds < 5.5
 
 
 @pytest.mark.parametrize("declared", ["image/png", "image/gif", "image/x-nonsense"])

@@ -94,3 +94,18 @@ def test_pause_does_not_outlast_the_deadline() -> None:
     with pytest.raises(JobTimeout):
         Progress(deadline_s=0.05).pause(60)
     assert time.monotonic() - started < 30
+
+
+def test_timed_counts_beside_its_stage() -> None:
+    progress = Progress()
+    with progress.stage("load"), progress.timed("load_import"):
+        pass
+    assert set(progress.timings_s) == {"load", "load_import"}
+    assert progress.timings_s["load_import"] <= progress.timings_s["load"]
+
+
+def test_added_seconds_are_summed_under_their_name() -> None:
+    progress = Progress()
+    progress.add("load_wait", 1.5)
+    progress.add("load_wait", 2.0)
+    assert progress.timings_s == {"load_wait": 3.5}

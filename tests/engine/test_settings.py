@@ -33,12 +33,18 @@ def test_blank_value_counts_as_unset() -> None:
     assert Settings.from_env({"WORKER_VRAM_GIB": "  "}).vram_gib is None
 
 
+@pytest.mark.parametrize(("value", "most_gpx"), [("", 25.0), ("7.5", 7.5), ("0", None), ("0.0", None)])
+def test_bound_of_work_has_a_default_and_zero_is_none(value: str, most_gpx: float | None) -> None:
+    assert Settings.from_env({"WORKER_MAX_WORK": value}).max_work_gpx == most_gpx
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
         ("WORKER_VRAM_GIB", "lots", "WORKER_VRAM_GIB is 'lots', not a number of GiB"),
         ("WORKER_VRAM_GIB", "-1", "WORKER_VRAM_GIB is '-1', not a number of GiB"),
         ("WORKER_VRAM_GIB", "nan", "WORKER_VRAM_GIB is 'nan', not a number of GiB"),
+        ("WORKER_MAX_WORK", "-1", "WORKER_MAX_WORK is '-1', not a number of gigapixels, or 0"),
         ("WORKER_FETCH_TIMEOUT_S", "0", "WORKER_FETCH_TIMEOUT_S is '0', not seconds"),
         ("WORKER_RESPONSE_LIMIT_BYTES", "1e6", "WORKER_RESPONSE_LIMIT_BYTES is '1e6', not a number of bytes"),
         ("WORKER_COMPILE", "maybe", "WORKER_COMPILE is 'maybe', not 1 or 0"),

@@ -5,6 +5,7 @@ import torch
 
 from engine.attention import WanProcessor
 from engine.experts import RollingExperts
+from engine.geometry import LatentShape
 from engine.linear8_check import SelfTest
 from engine.speed import Levers, accelerate, narrow, precision_of
 from tests.engine.tiny_wan import make_wan, wan_inputs
@@ -52,6 +53,8 @@ def test_accelerate_on_a_cpu_chooses_native_and_compiles_nothing():
     done = accelerate([model], "cpu", Levers())
     assert (done.attention, done.blocks, done.notes, done.save()) == ("native", None, (), False)
     assert {type(processor) for processor in model.attn_processors.values()} == {WanProcessor}
+    done.expect([LatentShape(2, 4, 4)])
+    assert done.account is None
 
 
 def test_order_of_the_levers_ends_in_experts_that_still_run():

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.tensorfile import Spec, TensorFiles, TensorWriter, weight_files
+from engine.tensorfile import Spec, Stored, TensorFiles, TensorWriter, read_offsets, weight_files
 from schemas.errors import WeightsCorrupt
 
 SPECS = [
@@ -143,3 +144,97 @@ def test_weight_files_takes_what_is_needed_and_no_more(
     names: list[str], variant: str | None, expected: list[str]
 ) -> None:
     assert weight_files(names, variant) == expected
+
+
+def entry(dtype: str, shape: list[Any], begins: Any, ends: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begins, ends]}
+
+
+def offsets(path: Path, header: Any, size_bytes: int = 16, length: int | None = None) -> dict[str, Stored] | None:
+    """Of a file with this header and so many bytes of tensors."""
+    text = json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size_bytes))
+    with path.open("rb") as stream:
+        return read_offsets(stream)
+
+
+def test_offsets_are_where_the_tensors_are(tmp_path: Path) -> None:
+    values = written(tmp_path / "x.safetensors")
+    with (tmp_path / "x.safetensors").open("rb") as stream:
+        found = read_offsets(stream)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert found is not None
+    assert list(found) == ["b", "a", "c", "d"]
+    for name, (dtype, shape, offset) in found.items():
+        count = values[name].numel()
+        read = torch.frombuffer(bytearray(data[offset : offset + found[name].size_bytes]), dtype=dtype, count=count)
+        assert torch.equal(read.view(shape), values[name])
+
+
+def test_offsets_are_those_of_the_librarys_own_files(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, tmp_path / "x")
+    with (tmp_path / "x").open("rb") as stream:
+        found = read_offsets(stream)
+    assert found is not None
+    assert {name: (each.dtype, each.shape) for name, each in found.items()} == {
+        "a": (torch.float32, (3,)), "b": (torch.bfloat16, (2, 2)),
+    }  # fmt: skip
+
+
+def test_offsets_are_not_told_of_a_dtype_that_no_bake_writes(tmp_path: Path) -> None:
+    header = {"a": entry("I64", [1], 0, 8), "b": entry("F32", [2], 8, 16)}
+    assert offsets(tmp_path / "x", header) is None
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "overlap": {"a": entry("F32", [2], 0, 8), "b": entry("F32", [3], 4, 16)},
+    "the same place": {"a": entry("F32", [4], 0, 16), "b": entry("F32", [4], 0, 16)},
+    "gap": {"a": entry("F32", [1], 0, 4), "b": entry("F32", [2], 8, 16)},
+    "begins late": {"a": entry("F32", [3], 4, 16)},
+    "backwards": {"a": entry("F32", [4], 16, 0)},
+    "behind the end of the file": {"a": entry("F32", [5], 0, 20)},
+    "before the end of the file": {"a": entry("F32", [3], 0, 12)},
+    "no tensors at all": {},
+    "shape larger than its bytes": {"a": entry("F32", [5], 0, 16)},
+    "shape whose product overflows": {"a": entry("F32", [2**32, 2**32], 0, 0), "b": entry("F32", [4], 0, 16)},
+    "negative": {"a": entry("F32", [4], -16, 0)},
+    "fraction": {"a": entry("F32", [4], 0, 16.0)},
+    "truth": {"a": entry("I8", [True] * 2, 0, True), "b": entry("I8", [15], 1, 16)},
+    "text": {"a": entry("F32", ["4"], 0, 16)},
+    "nothing": {"a": None},
+    "no offsets": {"a": {"dtype": "F32", "shape": [4]}},
+    "three offsets": {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}},
+    "no shape": {"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}},
+}
+
+
+@pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
+def test_offsets_of_a_forged_header_are_refused(header: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(WeightsCorrupt, match=r"of x|header of x|x ends"):
+        offsets(tmp_path / "x", header)
+
+
+@pytest.mark.parametrize("header", ["text", [1], None, 3])
+def test_offsets_of_a_header_that_is_no_table_are_refused(header: Any, tmp_path: Path) -> None:
+    with pytest.raises(WeightsCorrupt, match="header of x cannot be read"):
+        offsets(tmp_path / "x", header)
+
+
+@pytest.mark.parametrize("length", [2**63, 10_000, 47])
+def test_offsets_of_a_header_with_another_length_are_refused(length: int, tmp_path: Path) -> None:
+    with pytest.raises(WeightsCorrupt):
+        offsets(tmp_path / "x", {"a": entry("F32", [4], 0, 16)}, length=length)
+
+
+@pytest.mark.parametrize("data", [b"", b"1234567", b"<html>not found</html>", b"\xff" * 64, b"\0" * 64])
+def test_offsets_of_what_is_no_safetensors_file_are_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as stream, pytest.raises(WeightsCorrupt):
+        read_offsets(stream)
+
+
+def test_offsets_of_a_deep_header_are_refused(tmp_path: Path) -> None:
+    text = b"[" * 100_000
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+    with (tmp_path / "x").open("rb") as stream, pytest.raises(WeightsCorrupt, match="header"):
+        read_offsets(stream)

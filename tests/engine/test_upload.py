@@ -23,12 +23,13 @@ from engine.s3 import Objects, Patience, connect
 from engine.s3_errors import KeyTaken, StoreUnwell
 from engine.upload import take_fingerprint, upload
 from schemas.errors import EncodingFailed, WorkerShutdown
+from tests.figures import Count, Figure
 from tests.servers.buckets import bucket_at, contents, hurried, media_file, unfinished
 from tests.servers.fault_proxy import FAULTS, FaultProxy
 from tests.servers.plain_store import PlainStore
 from tests.servers.swift import Swift
 
-pytest_plugins = ["tests.servers.s3_fixtures"]
+pytest_plugins = ["tests.servers.s3_fixtures", "tests.figures"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "worker/0123456789abcdef0123456789abcdef/video.mp4"
@@ -92,23 +93,27 @@ def test_upload_resends_a_part_and_not_the_file(proxy, bucket, make_file) -> Non
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["single", "parts"])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("count", range(9))
-def test_upload_survives_the_whole_matrix(swift, proxy, bucket, make_file, size, fault, count) -> None:
+def test_upload_survives_the_whole_matrix(swift, proxy, bucket, make_file, size, fault, count, figure: Figure) -> None:
     file = make_file(size)
     proxy.inject(fault, count)
     assert upload(hasty(bucket), file, KEY, patient()) == KEY
     assert proxy.pending_faults == 0
     check_arrival(swift, bucket, file)
+    figure("uploads right through 0 to 8 faults in a row of 6 kinds, whole and in parts", Count(1, 1))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("step", ["POST .*uploads", "PUT .*partNumber=2", "POST .*uploadId"])
-def test_upload_in_parts_survives_eight_faults_at_each_step(swift, proxy, bucket, make_file, fault, step) -> None:
+def test_upload_in_parts_survives_eight_faults_at_each_step(
+    swift, proxy, bucket, make_file, fault, step, figure: Figure
+) -> None:
     file = make_file(LARGE)
     proxy.inject(fault, 8, matching=step)
     assert upload(hasty(bucket), file, KEY, patient()) == KEY
     assert proxy.pending_faults == 0
     check_arrival(swift, bucket, file)
+    figure("uploads right through 8 faults at one step of an upload in parts", Count(1, 1))
 
 
 def test_upload_waits_for_a_store_that_is_out(swift, proxy, bucket, make_file) -> None:
@@ -117,8 +122,9 @@ def test_upload_waits_for_a_store_that_is_out(swift, proxy, bucket, make_file) -
 
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["single", "parts"])
-def test_upload_waits_out_thirty_seconds_in_real_time(swift, proxy, bucket, make_file, size) -> None:
+def test_upload_waits_out_thirty_seconds_in_real_time(swift, proxy, bucket, make_file, size, figure: Figure) -> None:
     check_outage(30.0, swift, proxy, bucket, make_file(size))
+    figure("uploads right after 30 s of refused connections", Count(1, 1))
 
 
 def check_outage(seconds: float, swift: Swift, proxy: FaultProxy, bucket: Bucket, file) -> None:
@@ -144,6 +150,16 @@ def test_upload_in_parts_that_fails_leaves_no_parts_behind(swift, proxy, bucket,
     with pytest.raises(StoreUnwell):
         upload(connect(bucket), make_file(LARGE), KEY, Patience.lasting(0.0))
     assert (contents(swift, bucket), unfinished(swift, bucket)) == ({}, [])
+
+
+def test_upload_in_parts_would_leave_them_behind_without_the_cleaning(
+    swift, proxy, bucket, make_file, monkeypatch
+) -> None:
+    monkeypatch.setattr(upload_module, "_clean_up", lambda *_: None)
+    proxy.inject("503", 1, matching="PUT .*partNumber=3")
+    with pytest.raises(StoreUnwell):
+        upload(connect(bucket), make_file(LARGE), KEY, Patience.lasting(0.0))
+    assert unfinished(swift, bucket) == [KEY]
 
 
 def test_upload_in_parts_fails_for_its_own_reason_when_the_parts_cannot_be_removed(
@@ -196,6 +212,18 @@ def test_upload_replaces_no_other_file(swift, bucket, tmp_path) -> None:
     assert upload(connect(bucket), first, KEY, patient()) == KEY
     assert upload(connect(bucket), second, KEY, patient()) == other
     assert contents(swift, bucket) == {KEY: b"first", other: b"second"}
+
+
+def test_upload_would_replace_it_without_the_condition(swift, bucket, tmp_path, monkeypatch) -> None:
+    """The control: the second file takes the first one's place."""
+
+    def write_at_once(self, _key, patience, write) -> None:
+        self._ask(patience, lambda client: write(client, {}))
+
+    monkeypatch.setattr(Objects, "_create", write_at_once)
+    upload(connect(bucket), media_file(tmp_path / "first.mp4", b"first"), KEY, patient())
+    upload(connect(bucket), media_file(tmp_path / "second.mp4", b"second"), KEY, patient())
+    assert contents(swift, bucket) == {KEY: b"second"}
 
 
 def test_upload_refuses_a_file_that_changed_on_disk(swift, bucket, make_file) -> None:
@@ -331,9 +359,10 @@ def test_upload_is_right_when_run_again_after_a_kill(swift, proxy, bucket, make_
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(20))
-def test_upload_is_right_after_twenty_kills(swift, proxy, bucket, make_file, seed) -> None:
+def test_upload_is_right_after_twenty_kills(swift, proxy, bucket, make_file, seed, figure: Figure) -> None:
     proxy.bytes_per_s = 60 * 2**20
     check_kill(swift, proxy, bucket, make_file(LARGE), random.Random(seed).uniform(0.0, 1.5))
+    figure("right objects after kill -9 in the upload", Count(1, 1))
 
 
 @pytest.mark.soak

@@ -1,5 +1,6 @@
 """Frames to a verified MP4: right numbers and colours, no file after a failure, a strict verifier."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -21,7 +22,7 @@ from engine.boxes import Box, check_streamable, top_boxes
 from engine.geometry import VideoShape
 from engine.outputs import Frames
 from engine.video import QUEUE_CHUNKS, probe, verify, write_mp4
-from schemas.errors import BadOutput, Cancelled, EncodingFailed
+from schemas.errors import BadOutput, Cancelled, DiskFull, EncodingFailed
 
 ROOT = Path(__file__).parents[2]
 SHAPE = VideoShape(17, 64, 96)
@@ -280,6 +281,12 @@ def test_write_mp4_fails_cleanly_on_a_disk_that_fills_anywhere(tmp_path):
     with largest_file(2 * whole):
         write_mp4(frames_of(pictures(shape)), path)
     assert probe(path).shape == shape
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_to_be_full(number):
+    with pytest.raises(DiskFull, match="the worker's disk is full"), video_module._as_encoding_failed("written"):
+        raise OSError(number, os.strerror(number))
 
 
 KILLED = """

@@ -58,7 +58,8 @@ def by_hand(parts: weights.Parts, payload: dict[str, Any], seed: int = 7) -> tor
 def test_video_equals_plain_diffusers_bit_for_bit(
     wan: Wan, parts: weights.Parts, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.backends.wan.to_uint8", lambda chunk: chunk)  # the floats, before they become bytes
+    # the floats, before they become bytes
+    monkeypatch.setattr("engine.backends.wan.stream_uint8", lambda chunks: chunks)
     payload = {**SMALL, **extra}
     chunks = list(wan.generate(task(wan, payload), Progress()).chunks)
     ours = (torch.cat(chunks, dim=1).transpose(0, 1) / 2 + 0.5).clamp(0, 1)  # as diffusers' VideoProcessor scales

@@ -147,7 +147,7 @@ def test_flf_equals_the_whole_stock_pipeline_with_last_image(dtype, monkeypatch)
         guidance_scale=1.0, guidance_scale_2=1.0, generator=torch.Generator("cpu").manual_seed(7), output_type="pt",
     ).frames[0]  # fmt: skip
 
-    monkeypatch.setattr("engine.backends.wan_svi.to_uint8", lambda chunk: chunk)
+    monkeypatch.setattr("engine.backends.wan_svi.stream_uint8", lambda chunks: chunks)
     frames = backend.generate(task(profile=FLF, layout="flf", guidance_scale=1.0), Progress())
     ours = torch.cat(list(frames.chunks), dim=1).transpose(0, 1)
 

@@ -1,0 +1,201 @@
+"""What the first job of a process costs, and how near the disk's own rate its weights are read.
+
+    python -m bench.cold                       svi_endframe in fp8, 36 GB of random weights, written once to --weights
+    python -m bench.cold --small --repeats 1   the twin's sizes, no card needed: fields and counts, no seconds
+
+Before each reading the files are dropped from the page cache. `dd` reads them one after the other; then a process of
+its own reads them to where they work, and nothing else; then a fresh process runs a job and --repeats warm ones through
+handler.run, first with an empty folder of compiled graphs, then with the one it left. The weights stay for next time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODE = "svi_endframe"
+
+
+def main() -> int:
+    args = _arguments().parse_args()
+    if args.child is not None:
+        print(json.dumps({"bake": _bake, "read": _read, "jobs": _jobs}[args.child](args)))
+        return 0
+    files = [Path(name) for name in _child(args, "bake")["files"]]
+    result: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in files)}
+    drop(files)
+    result["dd_s"] = dd(files)
+    drop(files)
+    result["read"] = _child(args, "read")
+    for kept in ("cold", "warm"):
+        drop(files)
+        result[f"{kept}_cache"] = _child(args, "jobs")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1))
+    print(table(result))
+    return 0
+
+
+def drop(files: list[Path]) -> None:
+    """Write the files out and drop them from the page cache."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def dd(files: list[Path]) -> float:
+    """Seconds that `dd` takes for all of them, one after the other."""
+    started = time.monotonic()
+    for path in files:
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M", "status=none"], check=True)
+    return time.monotonic() - started
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for people. A job's parts are those of timings_s."""
+    rate, read = result["bytes"] / 1e9 / result["dd_s"], result["read"]
+    mine = read["bytes"] / 1e9 / read["read_s"]
+    lines = [
+        f"weights                 {result['bytes'] / 1e9:.2f} GB",
+        f"dd                      {rate:.2f} GB/s",
+        f"ours, to where it works {mine:.2f} GB/s, {100 * mine / rate:.0f} % of dd; bus busy {read['card_s']:.2f} s",
+    ]
+    for kept in ("cold", "warm"):
+        one = result[f"{kept}_cache"]
+        warm_s = statistics.median(one["warm_s"])
+        parts = ", ".join(f"{name} {spent:.2f}" for name, spent in one["timings_s"].items())
+        lines += [
+            f"first job, {kept} compile cache: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
+            f"({warm_s:.2f} s); {one['since_start_s']:.2f} s after the process was started",
+            f"  of it {parts}",
+        ]
+    return "\n".join(lines)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench.cold", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, default=ROOT / "build" / "cold" / "weights")
+    parser.add_argument("--cache-dir", type=Path, default=None, help="of compiled graphs; default: one that is empty")
+    parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8", "int8"])
+    parser.add_argument("--cap-gib", type=float, default=44.5)
+    parser.add_argument("--repeats", type=int, default=3, help="warm jobs after each first one")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--twins", type=Path, default=ROOT / "weights" / "tiny")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "cold" / "cold.json")
+    parser.add_argument("--child", choices=["bake", "read", "jobs"], help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def _child(args: argparse.Namespace, what: str) -> dict[str, Any]:
+    """A fresh process; its last line is the answer."""
+    cache = args.cache_dir or args.json.parent / f"graphs-{os.getpid()}"
+    command = [
+        sys.executable, "-m", "bench.cold", "--child", what, "--weights", args.weights, "--twins", args.twins,
+        "--precision", args.precision, "--cap-gib", str(args.cap_gib), "--repeats", str(args.repeats),
+        "--cache-dir", cache, "--started", str(time.monotonic()), *(["--small"] if args.small else []),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _settings(args: argparse.Namespace, output: Path | None = None) -> Any:
+    from engine.settings import Settings
+
+    settings = Settings(
+        weights_dir=args.weights, vram_gib=args.cap_gib, precision=args.precision, cache_dir=args.cache_dir
+    )
+    return settings if output is None else replace(settings, output_dir=output, outbox_dir=output / "outbox")
+
+
+def _bake(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the weights. What is measured afterwards begins with an empty card and an empty host."""
+    from bench.jobs import located
+    from bench.random_bake import write_bake
+
+    profile = located(MODE, args.twins)[0].baked_in(args.precision)
+    return {"files": [str(path) for path in write_bake(profile, args.weights, args.twins, is_small=args.small)]}
+
+
+def _read(args: argparse.Namespace) -> dict[str, Any]:
+    """All components to where they work, the libraries imported before, nothing else at work."""
+    import torch
+
+    from engine import weights
+    from engine.arrival import Arrival
+    from engine.loading import Loader
+    from engine.namesake import import_diffusers
+    from engine.profiles import resolve
+    from engine.readahead import order_of_need
+    from schemas.input_schema import parse_request
+
+    import_diffusers()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    baked = weights.locate(resolve(parse_request(_job().payload)), _settings(args))
+    arrival = Arrival(device)
+    loader = Loader(baked.parts(), args.precision, device, arrival)
+    names = [part.name for part in baked.profile.components if part.dtype is not None]
+    # What would not fit the card beside the rest goes to host memory, as the swap has it.
+    fits = args.precision != "bf16"
+    loaded = [loader.on_device(name) if fits else loader.in_host_memory(name) for name in order_of_need(names)]
+    for each in loaded:
+        if each.coming is not None:
+            each.coming.wait_whole()
+    arrival.close()
+    return {"bytes": arrival.tally.bytes_read, "read_s": arrival.tally.read_s, "card_s": arrival.tally.card_s}
+
+
+def _jobs(args: argparse.Namespace) -> dict[str, Any]:
+    """The first job of this process and some more. Nothing heavy is imported before the first."""
+    from handler import Worker, run
+    from model_handler import ModelHandler
+
+    job = _job()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _settings(args, Path(folder))
+        worker = Worker(settings, ModelHandler(settings))
+        spent, timings = [], []
+        for number in range(1 + args.repeats):
+            payload = job.whole(number, job.small if args.small else {})
+            started = time.monotonic()
+            response = run(payload, job_id=f"cold-{number}", worker=worker, progress=_progress())
+            spent.append(time.monotonic() - started)
+            timings.append(response["timings_s"])
+            if number == 0:
+                since_start_s = time.monotonic() - args.started
+        worker.models.unload_all()
+    return {
+        "first_s": spent[0], "warm_s": spent[1:], "since_start_s": since_start_s, "timings_s": timings[0],
+        "warm_timings_s": timings[-1], "loads": worker.models.loads,
+    }  # fmt: skip
+
+
+def _progress() -> Any:
+    from engine.progress import Progress
+
+    return Progress()
+
+
+def _job() -> Any:
+    from bench.jobs import JOBS
+
+    return JOBS[MODE]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

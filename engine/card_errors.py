@@ -1,0 +1,34 @@
+"""What an exception of torch says about the card: one edge where it becomes ours."""
+
+from schemas.errors import GpuFault, OutOfMemory, WorkerError
+
+# Source of the words: PyTorch's c10/cuda/CUDAException, the status names of cuBLAS and cuDNN, Triton's launcher.
+NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+NO_MEMORY_TRITON = ("Triton Error [CUDA]", "out of memory")
+FAULTS = (
+    "CUDA error",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "cuDNN error",
+    "Triton Error [CUDA]",
+    "device-side assert",
+    "illegal memory access",
+)
+
+
+def card_error(error: RuntimeError) -> WorkerError | None:
+    """OutOfMemory, GpuFault, or None for neither.
+
+    A library that finds no room for its workspace says so by its own status. The context survives that; after every
+    other error of the card each later call in the process fails too.
+    """
+    import torch
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY):
+        return OutOfMemory("the card ran out of memory")
+    if all(words in text for words in NO_MEMORY_TRITON):
+        return OutOfMemory("the card ran out of memory")
+    if isinstance(error, torch.AcceleratorError) or any(words in text for words in FAULTS):
+        return GpuFault("the card failed; the worker is being replaced, send the request again")
+    return None

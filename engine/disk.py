@@ -1,0 +1,34 @@
+"""Room on the disk for what a job is about to make: looked at before the card works for it."""
+
+import shutil
+from pathlib import Path
+
+from engine.demand import Demand
+from schemas.errors import DiskFull
+
+VIDEO_BYTES_PER_PIXEL = 0.16  # 5 MB for 81 frames of 832x480 with grain, as engine.video encodes them
+PICTURE_BYTES_PER_PIXEL = 1.6  # a PNG of a photograph
+MARGIN = 3  # the file, its copy on the way out, and grain that packs worse
+RESERVE_BYTES = 256 * 2**20
+
+MIB = 2**20
+
+
+def check_room(folder: Path, wanted: Demand) -> None:
+    """Refuse a job whose files the disk under `folder` would not hold.
+
+    Raises:
+        DiskFull: with both numbers.
+    """
+    needed_bytes, free_bytes = file_bytes(wanted) * MARGIN + RESERVE_BYTES, shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskFull(
+            f"the worker's disk has {free_bytes // MIB} MiB left, and this job needs {needed_bytes // MIB} MiB"
+        )
+
+
+def file_bytes(wanted: Demand) -> int:
+    """About what the finished files will have."""
+    is_video = wanted.shape.frames > 1
+    pixels = wanted.images * wanted.frames * wanted.shape.height * wanted.shape.width
+    return int(pixels * (VIDEO_BYTES_PER_PIXEL if is_video else PICTURE_BYTES_PER_PIXEL))

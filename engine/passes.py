@@ -1,0 +1,93 @@
+"""What a decoder does to each pixel between two convolutions, each as one pass over memory where a card can.
+
+All tensors are (frames, height, width, channels), contiguous: the channels of a pixel lie side by side, which is how
+the tensor cores want them and how a norm over channels reads them. Two forms of the same functions: torch's own
+operators here, for any device; engine.passes_triton for a card. A card's kernels prove themselves before they are used.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Both forms in bf16 against each other: one rounds once, the other after each step. A wrong index or sum is below 10.
+MIN_SNR_DB = 35.0
+MAX_REASON = 200  # characters of a compiler's message, which can be pages
+SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize has it: a pixel of zeros stays zero
+
+
+@dataclass(frozen=True)
+class Passes:
+    norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+    """x (f, h, w, c), bias (c,) or None, gamma (c,), out (f, h, w, c): out = SiLU(RMS norm of (x + bias) * gamma)."""
+    add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """x (f, h, w, c), bias (c,), other as x: x + bias + other. May be written over x."""
+    double_size: Callable[[Tensor], Tensor]
+    """(f, h, w, c) -> (f, 2h, 2w, c), each pixel four times."""
+
+
+def norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over the last axis, computed in fp32 and rounded once. `gamma`: (c,)."""
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    return (wide * (x.shape[-1] ** 0.5 / length) * gamma.float()).to(x.dtype)
+
+
+def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+    out.copy_(functional.silu(norm(x if bias is None else x + bias, gamma)))
+
+
+def _add(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    return x + bias + other
+
+
+def _double_size(x: Tensor) -> Tensor:
+    f, h, w, c = x.shape
+    return x[:, :, None, :, None].expand(f, h, 2, w, 2, c).reshape(f, 2 * h, 2 * w, c)
+
+
+TORCH = Passes(_norm_silu, _add, _double_size)
+
+
+def choose(device: str, channels: Iterable[int]) -> tuple[Passes, tuple[str, ...]]:
+    """The passes for a decoder with these numbers of channels on `device`, and what should be said.
+
+    On a card the kernels are compiled and compared here, at load: two or three seconds where nothing is cached.
+    """
+    if torch.device(device).type != "cuda":
+        return TORCH, ()
+    try:
+        from engine.passes_triton import TRITON
+
+        failed = [count for count in sorted(set(channels)) if not agree(TRITON, device, count)]
+    except Exception as error:  # noqa: BLE001 no compiler, no library, a kernel that the card refuses: the decode goes on
+        return TORCH, (f"decode without fused passes: {type(error).__name__}: {str(error)[:MAX_REASON]}",)
+    if failed:
+        return TORCH, (f"decode without fused passes: wrong results with {failed} channels",)
+    return TRITON, ()
+
+
+def agree(passes: Passes, device: str, channels: int) -> bool:
+    """Whether `passes` give what torch's operators give, on a few pixels of bf16."""
+    generator = torch.Generator(device).manual_seed(channels)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    x, other = draw(2, 3, 5, channels), draw(2, 3, 5, channels)
+    gamma, bias = draw(channels), draw(channels)
+    pairs = [(passes.double_size(x), TORCH.double_size(x))]
+    for given in (None, bias):
+        mine, torchs = torch.empty_like(x), torch.empty_like(x)
+        passes.norm_silu(x, given, gamma, mine)
+        TORCH.norm_silu(x, given, gamma, torchs)
+        pairs.append((mine, torchs))
+    pairs.append((passes.add(x.clone(), bias, other), TORCH.add(x, bias, other)))
+    return all(_snr_db(mine, torchs) > MIN_SNR_DB for mine, torchs in pairs)
+
+
+def _snr_db(made: Tensor, wanted: Tensor) -> float:
+    error = (made.float() - wanted.float()).square().sum()
+    return float(10 * torch.log10(wanted.float().square().sum() / error))

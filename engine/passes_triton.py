@@ -1,0 +1,134 @@
+"""The passes of engine.passes as Triton kernels: each tensor is read once and written once. Imported on a card only.
+
+Each program takes a tile of whole pixels, so that the norm over a pixel's channels stays in registers. Sums are fp32
+and rounded once, where the operators of torch round after every step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.passes import SMALLEST_NORM, Passes
+
+TILE = 2048  # elements a program: 16 a thread with 4 warps
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _norm_silu_kernel(
+    x_at: tl.tensor,
+    bias_at: tl.tensor,
+    gamma_at: tl.tensor,
+    out_at: tl.tensor,
+    pixels: int,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+    root: tl.constexpr,
+    smallest: tl.constexpr,
+    has_bias: tl.constexpr,
+) -> None:
+    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
+    channel = tl.arange(0, block)
+    is_channel = channel < channels
+    inside = (pixel < pixels)[:, None] & is_channel[None, :]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]  # 64 bits: long chunks pass 2**31 elements
+    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+    if has_bias:
+        x += tl.load(bias_at + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    gamma = tl.load(gamma_at + channel, mask=is_channel, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), smallest)
+    y = x * (root / length)[:, None] * gamma[None, :]
+    y = y * tl.sigmoid(y)
+    tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _add_kernel(
+    x_at: tl.tensor,
+    bias_at: tl.tensor,
+    other_at: tl.tensor,
+    pixels: int,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
+    channel = tl.arange(0, block)
+    is_channel = channel < channels
+    inside = (pixel < pixels)[:, None] & is_channel[None, :]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_at + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    x += tl.load(other_at + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_at + at, x.to(x_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "width"])
+def _double_size_kernel(
+    x_at: tl.tensor,
+    out_at: tl.tensor,
+    pixels: int,
+    width: int,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
+    channel = tl.arange(0, block)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    x = tl.load(x_at + pixel.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside)
+    # Line r of the picture becomes lines 2r and 2r + 1, each 2 * width pixels long.
+    line, column = pixel // width, pixel % width
+    upper = line.to(tl.int64) * 4 * width + 2 * column
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            to = upper + down * 2 * width + right
+            tl.store(out_at + to[:, None] * channels + channel[None, :], x, mask=inside)
+
+
+def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+    assert out.is_contiguous(), "written by offset"
+    x = x.contiguous()
+    grid, pixels, channels, block, tile = _cut(x)
+    _norm_silu_kernel[grid](
+        x,
+        gamma if bias is None else bias,  # some address; not read without has_bias
+        gamma,
+        out,
+        pixels,
+        channels,
+        block,
+        tile,
+        root=channels**0.5,
+        smallest=SMALLEST_NORM,
+        has_bias=bias is not None,
+    )
+
+
+def _add(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    x, other = x.contiguous(), other.contiguous()
+    grid, pixels, channels, block, tile = _cut(x)
+    _add_kernel[grid](x, bias, other, pixels, channels, block, tile)
+    return x
+
+
+def _double_size(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    f, h, w, c = x.shape
+    out = torch.empty(f, 2 * h, 2 * w, c, dtype=x.dtype, device=x.device)
+    grid, pixels, channels, block, tile = _cut(x)
+    _double_size_kernel[grid](x, out, pixels, w, channels, block, tile)
+    return out
+
+
+def _cut(x: Tensor) -> tuple[tuple[int], int, int, int, int]:
+    """Grid, pixels, channels, channels rounded up to a power of two, pixels a program."""
+    channels = x.shape[-1]
+    pixels = x.numel() // channels
+    block = triton.next_power_of_2(channels)
+    tile = max(1, TILE // block)
+    return (triton.cdiv(pixels, tile),), pixels, channels, block, tile
+
+
+TRITON = Passes(_norm_silu, _add, _double_size)

@@ -1,0 +1,130 @@
+"""The cold-start bench at a twin's size: the files are a bake's, and the fields are there."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cold
+from bench.random_bake import write_bake
+from engine.profiles import PROFILES
+from engine.settings import Settings
+from engine.weights import locate
+from tests.engine.disk import readers
+
+SVI = PROFILES["wan22_i2v_svi"]
+
+
+@pytest.fixture(scope="module")
+def weights(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("weights")
+    write_bake(SVI.baked_in("fp8"), root, twins, is_small=True)
+    return root
+
+
+@pytest.fixture
+def args(weights: Path, twins: Path, tmp_path: Path) -> Namespace:
+    return Namespace(
+        weights=weights, twins=twins, precision="fp8", cap_gib=44.5, cache_dir=tmp_path / "graphs", repeats=1,
+        small=True, started=0.0, json=tmp_path / "cold.json",
+    )  # fmt: skip
+
+
+def data_bytes(root: Path) -> int:
+    """Of the tensors of all files."""
+    heads = [(path.stat().st_size, path.open("rb").read(8)) for path in root.rglob("*.safetensors")]
+    return sum(size - 8 - int.from_bytes(head, "little") for size, head in heads)
+
+
+def test_random_bake_is_found_and_loaded_as_a_bake(weights: Path) -> None:
+    baked = locate(SVI, Settings(weights_dir=weights, precision="fp8"))
+    model = baked.parts().load("transformer")
+    block = model.blocks[0]
+    assert block.attn1.to_q.weight_q.dtype == torch.float8_e4m3fn
+    assert (block.attn1.to_q.weight_q.float() * block.attn1.to_q.weight_scale[:, None]).std().item() == pytest.approx(
+        0.02, rel=0.1
+    )
+    assert block.norm2.weight.unique().tolist() == [1.0]
+    assert block.attn1.to_q.bias.unique().tolist() == [0.0]
+
+
+def test_random_bake_is_written_once(weights: Path, twins: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in weights.rglob("*.safetensors")}
+    files = write_bake(SVI.baked_in("fp8"), weights, twins, is_small=True)
+    assert {path: path.stat().st_mtime_ns for path in weights.rglob("*.safetensors")} == before
+    assert [path.parent.name for path in files] == ["umt5_xxl-fp8", "wan_vae", "transformer", "transformer_2"]
+
+
+def test_reading_alone_reads_every_byte_once(args: Namespace) -> None:
+    assert cold._read(args)["bytes"] == data_bytes(args.weights)
+    assert readers() == []
+
+
+def test_jobs_load_once_and_tell_their_parts(args: Namespace) -> None:
+    told = cold._jobs(args)
+    assert told["loads"] == 1
+    assert len(told["warm_s"]) == 1
+    assert {"load", "denoise", "decode", "upload"} <= set(told["timings_s"])
+    assert "load_read" not in told["warm_timings_s"]
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_drop_leaves_nothing_of_a_file_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(1000))
+    advised: list[tuple[int, int, int]] = []
+    calls: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *advice: (calls.append("drop"), advised.append(advice)))
+    cold.drop([path])
+    assert (calls, advised) == (["fsync", "drop"], [(0, 0, os.POSIX_FADV_DONTNEED)])
+
+
+def test_dd_reads_the_files_and_fails_with_them(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(1000))
+    assert cold.dd([tmp_path / "x"]) > 0
+    with pytest.raises(Exception, match="dd"):
+        cold.dd([tmp_path / "nobody"])
+
+
+def test_table_sets_the_figures_against_each_other() -> None:
+    job: dict[str, Any] = {
+        "first_s": 15.0, "warm_s": [9.0, 10.0, 14.0], "since_start_s": 16.0, "timings_s": {"load": 5.0},
+    }  # fmt: skip
+    result = {
+        "bytes": 36_000_000_000, "dd_s": 12.0, "read": {"bytes": 36_000_000_000, "read_s": 15.0, "card_s": 0.7},
+        "cold_cache": job, "warm_cache": {**job, "first_s": 12.0},
+    }  # fmt: skip
+    assert cold.table(result).splitlines() == [
+        "weights                 36.00 GB",
+        "dd                      3.00 GB/s",
+        "ours, to where it works 2.40 GB/s, 80 % of dd; bus busy 0.70 s",
+        "first job, cold compile cache: 15.00 s, 1.50 times a warm one (10.00 s); "
+        "16.00 s after the process was started",
+        "  of it load 5.00",
+        "first job, warm compile cache: 12.00 s, 1.20 times a warm one (10.00 s); "
+        "16.00 s after the process was started",
+        "  of it load 5.00",
+    ]
+
+
+@pytest.mark.soak
+def test_command_prints_the_table_and_keeps_the_numbers(
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_path = tmp_path / "cold.json"
+    monkeypatch.setattr(
+        sys, "argv",
+        ["cold", "--small", "--repeats", "1", "--weights", str(tmp_path / "w"), "--json", str(json_path),
+         "--twins", str(twins)],
+    )  # fmt: skip
+    assert cold.main() == 0
+    assert "% of dd" in capsys.readouterr().out
+    numbers = json.loads(json_path.read_text())
+    assert numbers["read"]["bytes"] == data_bytes(tmp_path / "w")
+    assert set(numbers) == {"bytes", "dd_s", "read", "cold_cache", "warm_cache"}

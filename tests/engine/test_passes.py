@@ -1,0 +1,115 @@
+"""The passes between convolutions: torch's form against diffusers' modules, a card's kernels against torch's form."""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, WanUpsample
+from torch import nn
+from torch.nn import functional
+
+from engine import passes
+from engine.passes import TORCH, agree, choose, norm
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def make_pixels(channels: int = 6) -> torch.Tensor:
+    return torch.randn(2, 3, 5, channels, generator=torch.Generator().manual_seed(1))
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(3, 0, 1, 2)[None]
+
+
+def make_norm(channels: int = 6) -> WanRMS_norm:
+    stock = WanRMS_norm(channels, images=False)
+    nn.init.normal_(stock.gamma, generator=torch.Generator().manual_seed(2))
+    return stock.requires_grad_(False)
+
+
+def test_norm_is_the_stock_one():
+    stock, x = make_norm(), make_pixels()
+    x[0, 0, 0] = 0.0
+    made = channels_first(norm(x, stock.gamma.flatten()))
+    torch.testing.assert_close(made, stock(channels_first(x)), atol=1e-6, rtol=0)
+
+
+def test_norm_silu_writes_into_the_room_it_is_given():
+    stock, x = make_norm(), make_pixels()
+    bias = torch.arange(6.0)
+    room = torch.full((4, 3, 5, 6), 7.0)
+    TORCH.norm_silu(x, bias, stock.gamma.flatten(), room[2:])
+    wanted = functional.silu(stock(channels_first(x + bias)))
+    torch.testing.assert_close(channels_first(room[2:]), wanted, atol=1e-6, rtol=0)
+    assert (room[:2] == 7.0).all()
+
+
+def test_double_size_is_the_stock_upsampling():
+    x = make_pixels()
+    frames_first = x.permute(0, 3, 1, 2)
+    stock = WanUpsample(scale_factor=(2.0, 2.0), mode="nearest-exact")(frames_first)
+    assert torch.equal(TORCH.double_size(x), stock.permute(0, 2, 3, 1))
+
+
+def test_agree_accepts_torchs_own():
+    assert agree(TORCH, "cpu", 24)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replace(TORCH, add=lambda x, _bias, other: x + other),
+        replace(TORCH, norm_silu=lambda x, _bias, gamma, out: TORCH.norm_silu(x, None, gamma, out)),
+        replace(TORCH, norm_silu=lambda _x, _bias, _gamma, out: out.zero_()),
+        replace(TORCH, double_size=lambda x: TORCH.double_size(x).roll(1, dims=2)),
+    ],
+    ids=["no bias in the sum", "no bias in the norm", "nothing", "one pixel aside"],
+)
+def test_agree_refuses_wrong_results(wrong):
+    assert not agree(wrong, "cpu", 24)
+
+
+def test_choose_takes_torchs_operators_without_a_card():
+    assert choose("cpu", {96}) == (TORCH, ())
+
+
+def test_choose_goes_on_without_kernels_and_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine.passes_triton", None)
+    chosen, notes = choose("cuda", {96})
+    assert chosen is TORCH
+    assert notes[0].startswith("decode without fused passes: ModuleNotFoundError")
+
+
+def test_choose_leaves_out_kernels_with_wrong_results_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine.passes_triton", type(sys)("engine.passes_triton"))
+    sys.modules["engine.passes_triton"].TRITON = replace(TORCH)
+    monkeypatch.setattr(passes, "agree", lambda _passes, _device, channels: channels != 192)
+    assert choose("cuda", {96, 192}) == (TORCH, ("decode without fused passes: wrong results with [192] channels",))
+
+
+def test_choose_takes_kernels_that_agree(monkeypatch):
+    kernels = replace(TORCH)
+    monkeypatch.setitem(sys.modules, "engine.passes_triton", type(sys)("engine.passes_triton"))
+    sys.modules["engine.passes_triton"].TRITON = kernels
+    monkeypatch.setattr(passes, "agree", lambda _passes, _device, _channels: True)
+    chosen, notes = choose("cuda", {96})
+    assert chosen is kernels
+    assert notes == ()
+
+
+@pytest.mark.parametrize("channels", [24, 96, 192, 384])
+@pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET=1 runs the kernels without a card")
+def test_kernels_agree_when_interpreted(channels):
+    from engine.passes_triton import TRITON
+
+    assert agree(TRITON, "cpu", channels)
+
+
+@pytest.mark.gpu
+def test_kernels_agree_on_the_card():
+    chosen, notes = choose("cuda", {24, 96, 192, 384})
+    assert notes == ()
+    assert chosen is not TORCH

@@ -1,0 +1,67 @@
+"""Files are on their way before anybody asks for their bytes, in the order of need, and within bounds."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine import readahead
+from engine.readahead import ReadAhead, order_of_need
+
+STEP = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "STEP_BYTES", STEP)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(bytes(2500))
+    return paths
+
+
+def finish(ahead: ReadAhead) -> int:
+    ahead._thread.join(10)
+    assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
+    return ahead.bytes_read
+
+
+def test_first_step_is_read_before_anything_else_happens(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    assert ReadAhead(files).bytes_read == STEP
+
+
+def test_every_file_is_read(files: list[Path]) -> None:
+    assert finish(ReadAhead(files)) == 7500
+
+
+def test_no_more_is_read_than_allowed(files: list[Path]) -> None:
+    assert finish(ReadAhead(files, max_bytes=3000)) == 3500  # the step that passes the bound is the last
+
+
+def test_file_that_cannot_be_read_is_left_out(files: list[Path], tmp_path: Path) -> None:
+    assert finish(ReadAhead([tmp_path / "nobody", tmp_path, *files[1:]])) == 5000
+
+
+def test_nothing_to_read_is_nothing_to_do() -> None:
+    assert finish(ReadAhead([])) == 0
+
+
+def test_stop_ends_it_between_two_steps(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    ahead = ReadAhead(files)
+    ahead._stopped.set()
+    begun(ahead._thread)
+    ahead.stop()
+    assert ahead.bytes_read == STEP
+
+
+def test_order_is_vae_encoders_and_then_the_transformers() -> None:
+    names = ["tokenizer", "text_encoder", "vae", "image_encoder", "transformer", "transformer_2"]
+    assert order_of_need(names) == ["vae", "text_encoder", "image_encoder", "tokenizer", "transformer", "transformer_2"]
+    assert order_of_need(["unet"]) == ["unet"]

@@ -1,0 +1,1 @@
+"""Long runs of the whole worker: nothing grows, nothing is lost. `make soak`."""
