@@ -4,9 +4,9 @@ python handler.py                         take jobs (on RunPod)
 python handler.py --test_input [JSON]     run one job here: test_input.json beside this file, a file, or JSON
 python handler.py --rp_serve_api          serve RunPod's HTTP API on this machine
 python handler.py --plan                  print what would run on this card and how; exits 0, or 1 if something cannot
+python handler.py --warm-up               compile for the usual sizes into WORKER_CACHE_DIR; reads no weights
 """
 
-import logging
 import sys
 import tempfile
 import threading
@@ -18,16 +18,13 @@ from typing import Any
 
 from engine import fitness, inputs, profiles, weights
 from engine.backends import Task, import_backend
-from engine.plan_report import NothingFits, report
 from engine.progress import Progress
 from engine.settings import Settings
 from engine.storage import open_store, sweep
-from model_handler import ModelHandler, capability
-from schemas.errors import CardUnfit, SettingsError, WorkerError
+from model_handler import ModelHandler
+from schemas.errors import SettingsError
 from schemas.input_schema import parse_request
 from schemas.output_schema import success
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ def run(
 def main() -> int:
     """Read the settings, then hand `run` to RunPod's loop, its local API or a single test job."""
     from apps import runpod_worker
+    from apps.operator_commands import COMMANDS, check_plan
 
     try:
         settings = Settings.from_env()
@@ -82,40 +80,15 @@ def main() -> int:
         print(f"settings_error: {error.sentence}", file=sys.stderr)  # noqa: T201 nothing is set up yet to log with
         return 1
     worker = Worker(settings, ModelHandler(settings))
-    if sys.argv[1:] == ["--plan"]:
-        return show_plan(worker)
+    if (command := COMMANDS.get(" ".join(sys.argv[1:]))) is not None:
+        return command(settings, worker.models)
     threading.Thread(target=sweep, args=[settings], name="outbox", daemon=True).start()
 
     def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
 
-    checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, worker)]
+    checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
     return runpod_worker.serve(run_job, settings, sys.argv[1:], checks)
-
-
-def show_plan(worker: Worker) -> int:
-    """Print the plan of every baked profile. Returns the exit code: 1 if one of them cannot run here."""
-    try:
-        text, code = report(worker.settings, worker.models.limits, capability()), 0
-    except (NothingFits, WorkerError) as error:
-        text, code = str(error), 1
-    sys.stdout.write(f"{text}\n")
-    return code
-
-
-def check_plan(worker: Worker) -> None:
-    """Write the plan to the log, before the first job.
-
-    Raises:
-        CardUnfit: a baked profile cannot run on this card.
-    """
-    if capability() is None:  # no card, so nothing is placed
-        return
-    try:
-        log.info("%s", report(worker.settings, worker.models.limits, capability()))
-    except NothingFits as error:
-        log.error("%s", error)
-        raise CardUnfit("a baked profile does not fit this card; `handler.py --plan` shows which") from error
 
 
 if __name__ == "__main__":

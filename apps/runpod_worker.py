@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     ways.add_argument("--rp_serve_api", action="store_true", help="serve RunPod's API for development")
     ways.add_argument("--plan", action="store_true", help="print what would run on this card, and where it would lie")
+    ways.add_argument("--warm-up", action="store_true", help="compile for the usual sizes into WORKER_CACHE_DIR")
     parser.add_argument("--rp_api_host", default="localhost", help="where the API listens (default: %(default)s)")
     parser.add_argument("--rp_api_port", type=int, default=8000, help="its port (default: %(default)s)")
     return parser

@@ -3,9 +3,10 @@
     python -m bench.cold                       svi_endframe in fp8, 36 GB of random weights, written once to --weights
     python -m bench.cold --small --repeats 1   the twin's sizes, no card needed: fields and counts, no seconds
 
-Before each reading the files are dropped from the page cache. `dd` reads them one after the other; then a process of
-its own reads them to where they work, and nothing else; then a fresh process runs a job and --repeats warm ones through
-handler.run, first with an empty folder of compiled graphs, then with the one it left. The weights stay for next time.
+Before each reading the files are dropped from the page cache. A fresh process runs a job and --repeats warm ones
+through handler.run, first with an empty folder of compiled graphs, then with the one it left. Then `dd` reads the files
+one after the other, and a process of its own reads them to where they work, and nothing else. Each figure is said and
+kept when it is there. The weights stay for next time.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.say import say
+
 ROOT = Path(__file__).resolve().parent.parent
 MODE = "svi_endframe"
 
@@ -30,16 +33,22 @@ def main() -> int:
         print(json.dumps({"bake": _bake, "read": _read, "jobs": _jobs}[args.child](args)))
         return 0
     files = [Path(name) for name in _child(args, "bake")["files"]]
-    result: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in files)}
-    drop(files)
-    result["dd_s"] = dd(files)
-    drop(files)
-    result["read"] = _child(args, "read")
-    for kept in ("cold", "warm"):
+    result: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> None:
+        result[name] = value
+        say(f"{name}: {json.dumps(value)}")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1))
+
+    keep("bytes", sum(path.stat().st_size for path in files))
+    for cache in ("cold", "warm"):
         drop(files)
-        result[f"{kept}_cache"] = _child(args, "jobs")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1))
+        keep(f"{cache}_cache", _child(args, "jobs"))
+    drop(files)
+    keep("dd_s", dd(files))
+    drop(files)
+    keep("read", _child(args, "read"))
     print(table(result))
     return 0
 

@@ -111,6 +111,7 @@ class Arm:
             "attention": processor.kernel if isinstance(processor, WanProcessor) else "diffusers' own",
             "linear8": "+".join(sorted(kinds)),
             "graphs": graph_count(),
+            "compiling": self._models.compiling(),
         }
 
     def close(self) -> None:
@@ -125,6 +126,14 @@ class _TimedModels(ModelHandler):
     """Knows how long its last job took."""
 
     last_s = 0.0
+
+    def compiling(self) -> dict[str, float]:
+        """What compiling has cost since the load: seconds behind, seconds waited, forwards without and with a graph."""
+        for loaded in self._loaded.values():
+            accelerated = loaded.backend._placed.accelerated
+            if accelerated is not None and accelerated.account is not None:
+                return accelerated.account._asdict()
+        return {}
 
     def generate(self, *args: Any) -> Any:
         started = time.perf_counter()
