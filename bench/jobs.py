@@ -110,6 +110,23 @@ JOBS = {
         forwards=8,
         image_tokens=IMAGE_TOKENS,
     ),
+    "lightning": Job(
+        "video",
+        {
+            **HEAD,
+            "mode": "video",
+            "model_type": "wan22_i2v_lightning",
+            "height": 480,
+            "width": 832,
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+            "image_url": GIVEN,
+        },
+        {"height": 64, "width": 64, "num_frames": 13},
+        ("image_url",),
+        VIDEO_480P,
+        forwards=4,
+    ),  # fmt: skip
     # base 25 steps; refiner int(50 * 0.3) = 15: worker-sdxl's defaults
     "image": Job(
         "image",

@@ -38,7 +38,7 @@ class Arm:
         self._is_small = is_small
         profile, rest = located(mode, twins)
         parts = WatchedParts(rest if is_small else CardParts(profile, rest), watch)
-        self._pipelines = {"svi_endframe": _svi, "video": _video, "image": _image}[mode](parts)
+        self._pipelines = {"svi_endframe": _svi, "lightning": _svi, "video": _video, "image": _image}[mode](parts)
         self._fps = profile.fps
         for pipeline in self._pipelines:
             pipeline.set_progress_bar_config(disable=True)
@@ -74,7 +74,10 @@ class Arm:
         shape = VideoShape(13, 64, 64) if self._is_small else self.job.shape
         start, *ends = self.job.given(self._number).values()
         end = {"last_image": ends[0]} if ends else {}
-        usual = {"svi_endframe": (6, 1.0), "video": (words.get("num_inference_steps"), 5.0)}[self.job.mode]
+        usual = (
+            words.get("num_inference_steps", 6),
+            words.get("guidance_scale", 5.0 if self.job.mode == "video" else 1.0),
+        )
         return self._pipelines[0](
             image=start,
             prompt=words["prompt"],

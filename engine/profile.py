@@ -81,7 +81,8 @@ class Phase:
 @dataclass(frozen=True)
 class Schedule:
     solver: str
-    """euler (the reference grid linspace(1, 0.001, steps), shifted), unipc, or a name of worker-sdxl's."""
+    """euler (the reference grid linspace(1, 0.001, steps), shifted), euler_distilled (linspace(1, 0, steps + 1) without
+    its 0, shifted), unipc, or a name of worker-sdxl's."""
     steps: int
     flow_shift: float | None = None
     """sigma -> s * sigma / (1 + (s - 1) * sigma); None where the model is no flow model."""

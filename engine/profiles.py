@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.profile import EXPERTS, Component, Lora, Phase, Placement, Profile, Schedule, Source
 from engine.profiles_sdxl import SDXL
-from engine.profiles_wan import ENDFRAME, SVI_3_3, WAN21_I2V_480P, WAN22_I2V_SVI
+from engine.profiles_wan import ENDFRAME, SVI_3_3, WAN21_I2V_480P, WAN22_I2V_LIGHTNING, WAN22_I2V_SVI
 from schemas.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = [
 BUDGET_BYTES = 70 * 10**9  # of one image: RunPod's builder stops at 80 GB, torch and the system take their share
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
-    {row.name: row for row in (SDXL, WAN21_I2V_480P, WAN22_I2V_SVI, SVI_3_3, ENDFRAME)}
+    {row.name: row for row in (SDXL, WAN21_I2V_480P, WAN22_I2V_SVI, SVI_3_3, ENDFRAME, WAN22_I2V_LIGHTNING)}
 )
 
 BAKES = tuple(name for name, row in PROFILES.items() if name == row.folder)

@@ -56,23 +56,26 @@ WAN21_COMPONENTS = (
     ),
 )
 
-WAN22_COMPONENTS = (
-    *SHARED,
-    Component(
-        "transformer", "diffusers", "WanTransformer3DModel", WAN22, "transformer",
-        "wan22_i2v_svi/transformer", published="wan22_i2v_transformer", dtype="bf16",
-        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
-    ),
-    Component(
-        "transformer_2", "diffusers", "WanTransformer3DModel", WAN22, "transformer_2",
-        "wan22_i2v_svi/transformer_2", published="wan22_i2v_transformer", dtype="bf16",
-        keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
-    ),
-    Component(
-        "scheduler", "diffusers", "UniPCMultistepScheduler", WAN22, "scheduler", "wan22_i2v_svi/scheduler",
-        published="wan_scheduler",
-    ),
-)
+
+def _wan22_components(folder: str) -> tuple[Component, ...]:
+    """The parts of a bake into `folder`; each bake has experts of its own, with its LoRAs merged in."""
+    return (
+        *SHARED,
+        Component(
+            "transformer", "diffusers", "WanTransformer3DModel", WAN22, "transformer",
+            f"{folder}/transformer", published="wan22_i2v_transformer", dtype="bf16",
+            keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
+        ),
+        Component(
+            "transformer_2", "diffusers", "WanTransformer3DModel", WAN22, "transformer_2",
+            f"{folder}/transformer_2", published="wan22_i2v_transformer", dtype="bf16",
+            keep_fp32=TRANSFORMER_FP32, size_bytes=28_636_170_368, narrow_size_bytes=14_594_836_608,
+        ),
+        Component(
+            "scheduler", "diffusers", "UniPCMultistepScheduler", WAN22, "scheduler", f"{folder}/scheduler",
+            published="wan_scheduler",
+        ),
+    )
 # fmt: on
 
 WORK_480P_BYTES = 10_500_000_000  # of the fp32 VAE, measured at 832x480x81
@@ -104,11 +107,15 @@ WAN21_I2V_480P = Profile(
     fps=16,
 )
 
+LIGHTNING_HIGH = Lora(
+    LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "high", 1.0
+)
+LIGHTNING_LOW = Lora(LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors", "low", 1.0)
 SVI_LORAS = (
     Lora(SVI, "version-2.0/SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0_pro.safetensors", "high", 1.0),
     Lora(SVI, "version-2.0/SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0_pro.safetensors", "low", 1.0),
-    Lora(LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "high", 1.2),
-    Lora(LIGHTX2V, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors", "low", 1.0),
+    replace(LIGHTNING_HIGH, strength=1.2),
+    LIGHTNING_LOW,
 )
 
 WAN22_I2V_SVI = Profile(
@@ -116,7 +123,7 @@ WAN22_I2V_SVI = Profile(
     backend="wan_svi",
     modes=("svi_endframe",),
     folder="wan22_i2v_svi",
-    components=WAN22_COMPONENTS,
+    components=_wan22_components("wan22_i2v_svi"),
     loras=SVI_LORAS,
     layout="svi_latent",
     # 883: a hair above the third point of the 6-step grid (882.53), so 2 steps run high and 4 run low
@@ -173,3 +180,19 @@ ENDFRAME = replace(
         }
     ),
 )
+
+WAN22_I2V_LIGHTNING = replace(
+    WAN22_I2V_SVI,
+    name="wan22_i2v_lightning",
+    backend="wan_lightning",
+    modes=("video",),
+    folder="wan22_i2v_lightning",
+    components=_wan22_components("wan22_i2v_lightning"),
+    loras=(LIGHTNING_HIGH, LIGHTNING_LOW),
+    layout=None,
+    # 900: Wan2.2's own boundary of 0.9. High, low: 2 + 2 of four steps, 2 + 3 of five, 3 + 3 of six, 3 + 4, 3 + 5.
+    # Four steps are t = 1000, 937.5, 833.3, 625, for which the LoRAs were distilled.
+    schedule=Schedule("euler_distilled", steps=4, flow_shift=5.0, switch_threshold=900.0),
+    negative_prompt="",
+)
+"""`video` in 4 forwards in place of 80. Lossy: distilled, so another model, and one with less motion."""

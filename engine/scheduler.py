@@ -19,6 +19,10 @@ class ReferenceEuler(FlowMatchEulerDiscreteScheduler):
     run: make one for each. Source: Wan2GP at 8681e9f7, shared/utils/euler_scheduler.py.
     """
 
+    def grid(self, steps: int) -> list[float]:
+        """The noise levels before the shift, without the final 0."""
+        return list(np.linspace(1.0, 0.001, steps).tolist())
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -34,8 +38,7 @@ class ReferenceEuler(FlowMatchEulerDiscreteScheduler):
         """
         if num_inference_steps is None or not (sigmas is mu is timesteps is None):
             raise ValueError("this scheduler has one grid; give the number of steps and nothing else")
-        grid = np.linspace(1.0, 0.001, num_inference_steps).tolist()
-        super().set_timesteps(num_inference_steps, device, sigmas=grid)
+        super().set_timesteps(num_inference_steps, device, sigmas=self.grid(num_inference_steps))
         self.set_begin_index(0)  # the stock look-up of the index by timestep would wait for the card
 
     def step(
@@ -58,9 +61,24 @@ class ReferenceEuler(FlowMatchEulerDiscreteScheduler):
         )  # fmt: skip
 
 
+class DistilledEuler(ReferenceEuler):
+    """The same on equal steps down to 0, linspace(1000, 0, steps + 1): the points that step distillation trains.
+
+    Four steps with shift 5 are t = 1000, 937.5, 833.3, 625. The reference grid would spend the last of them at t = 5.
+    """
+
+    def grid(self, steps: int) -> list[float]:
+        """The noise levels before the shift, without the final 0."""
+        return list(np.linspace(1.0, 0.0, steps + 1)[:-1].tolist())
+
+
 def reference_timesteps(steps: int, flow_shift: float) -> tuple[float, ...]:
-    """The grid as numbers on the host, 1000 first, without the final 0: what a split is planned on."""
-    scheduler = ReferenceEuler(shift=flow_shift)
+    """The reference grid as numbers on the host, 1000 first, without the final 0: what a split is planned on."""
+    return timesteps_of(ReferenceEuler(shift=flow_shift), steps)
+
+
+def timesteps_of(scheduler: ReferenceEuler, steps: int) -> tuple[float, ...]:
+    """As `reference_timesteps`, of the given scheduler's grid."""
     scheduler.set_timesteps(steps)
     return tuple(scheduler.timesteps.tolist())
 

@@ -124,14 +124,14 @@ class Settings:
         "Largest response. RunPod drops results over 10 MB (/run) or 20 MB (/runsync).",
     )
     compile: bool = _setting(
-        "WORKER_COMPILE", _switch, "1 or 0", True, "Compile the transformer blocks for the card (no effect on a CPU)."
+        "WORKER_COMPILE", _switch, "1 or 0", True, "Compile transformer blocks, replay SDXL's forwards, on a card."
     )
     precision: str | None = _setting(
         "WORKER_PRECISION",
         str,
         "bf16, fp8 or int8",
         None,
-        "Weights of the transformers. Unset: what the bake left and the card runs best.",
+        "Weights of the video transformers and, in 8 bits, of their text encoder. Unset: what is baked, bf16 first.",
     )
     attention: str | None = _setting(
         "WORKER_ATTENTION",

@@ -48,10 +48,11 @@ def test_tiny_bakes_and_verifies_every_profile(tmp_path: Path, capsys: pytest.Ca
     assert main(["--tiny", "--output", str(tmp_path)]) == 0
     assert main(["--verify", "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "tiny/sdxl, fp16: 20 files are whole",
         "tiny/wan21_i2v_480p, bf16: 13 files are whole",
         "tiny/wan22_i2v_svi, bf16: 16 files are whole",
+        "tiny/wan22_i2v_lightning, bf16: 14 files are whole",
     ]
 
 
@@ -138,7 +139,7 @@ def test_unknown_profiles_are_refused_with_the_list(names: str, capsys: pytest.C
     with pytest.raises(SystemExit) as caught:
         main(["--dry-run", "--profiles", names])
     assert caught.value.code == 2
-    assert "there are sdxl, wan21_i2v_480p, wan22_i2v_svi" in capsys.readouterr().err
+    assert "there are sdxl, wan21_i2v_480p, wan22_i2v_svi, wan22_i2v_lightning" in capsys.readouterr().err
 
 
 def test_unknown_precision_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import handler
+from apps import operator_commands
+from apps.operator_commands import check_plan, compile_ahead
 from engine.admission import Limits
 from engine.plan_report import NothingFits, report
 from engine.residency import GIB
 from engine.settings import Settings
-from handler import Worker, check_plan
 from model_handler import ModelHandler
 from schemas.errors import CardUnfit
 
@@ -28,6 +29,7 @@ def test_report_shows_each_baked_profile_once_as_the_real_weights_would_lie(sett
         "tiny/sdxl: resident, fp16",
         "tiny/wan21_i2v_480p: resident, bf16",
         "tiny/wan22_i2v_svi: swap, bf16",
+        "tiny/wan22_i2v_lightning: swap, bf16",
     ]
     assert "  - resident, encoders on the card needs 53.78 GiB of the card" in text
     assert "  activations         9.78 GiB  at the largest size" in text
@@ -39,7 +41,7 @@ def test_report_says_what_would_be_refused(settings: Settings) -> None:
     assert "  1280x1280: up to 113 frames a clip, more is refused" in lines
     assert "  2048x2048: up to 2 pictures at once, more is refused" in lines
     assert "  4096x4096: refused" in lines
-    assert lines.count("  832x480: up to 161 frames a clip") == 1  # `video`
+    assert lines.count("  832x480: up to 161 frames a clip") == 2  # `video`, by either of its models
     assert lines.count("  832x480: up to 81 frames a clip") == 1  # `svi_endframe`: longer films are chains
 
 
@@ -70,22 +72,38 @@ def test_plan_on_the_command_line_prints_it_and_exits(
 def test_start_logs_the_plan_of_a_card(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(handler, "capability", lambda: (8, 9))
+    monkeypatch.setattr(operator_commands, "capability", lambda: (8, 9))
     with caplog.at_level("INFO"):
-        check_plan(Worker(settings, ModelHandler(settings)))
+        check_plan(settings, ModelHandler(settings))
     assert "tiny/wan22_i2v_svi: swap, bf16" in caplog.text
 
 
 def test_start_fails_on_a_card_that_a_baked_profile_does_not_fit(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handler, "capability", lambda: (8, 9))
+    monkeypatch.setattr(operator_commands, "capability", lambda: (8, 9))
     small = replace(settings, vram_gib=14.0)
     with pytest.raises(CardUnfit, match="--plan"):
-        check_plan(Worker(small, ModelHandler(small)))
+        check_plan(small, ModelHandler(small))
 
 
 def test_start_without_a_card_plans_nothing(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        check_plan(Worker(replace(settings, vram_gib=1.0), ModelHandler(settings)))
+        check_plan(replace(settings, vram_gib=1.0), ModelHandler(settings))
     assert "resident" not in caplog.text
+
+
+def test_warm_up_says_why_nothing_can_be_compiled_here(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compile_ahead(settings, ModelHandler(settings)) == 1
+    assert "WORKER_CACHE_DIR is not set" in capsys.readouterr().out
+    bare = Settings(weights_dir=tmp_path)
+    assert compile_ahead(bare, ModelHandler(bare)) == 1
+    assert capsys.readouterr().out == "no video profile is baked where this worker looks\n"
+
+
+def test_warm_up_on_the_command_line_takes_no_jobs(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_WEIGHTS_DIR", str(twins))
+    monkeypatch.setattr(sys, "argv", ["handler.py", "--warm-up"])
+    assert handler.main() == 1

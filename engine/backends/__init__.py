@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from engine.card import Card
 from engine.namesake import import_diffusers
 from engine.outputs import Frames, Images
+from engine.parking import Parkable
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.weights import Parts
@@ -39,6 +40,10 @@ class Backend(Protocol):
 
     def generate(self, task: Task, progress: Progress) -> Images | Frames:
         """Run one task. Video frames may be decoded lazily while the caller writes them."""
+
+    @property
+    def weights(self) -> Parkable:
+        """All tensors of its models that are on the card between jobs: what leaves it when another profile needs it."""
 
     def unload(self) -> None:
         """Give every byte back: host, card and caches."""

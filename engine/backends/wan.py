@@ -22,6 +22,7 @@ from engine.frames import stream_uint8
 from engine.geometry import VideoShape
 from engine.memo_encode import MemoEncoder
 from engine.outputs import Frames
+from engine.parking import Parkable
 from engine.picture_embeds import PictureEncoder
 from engine.picture_video import Words, asked_shape, read_words
 from engine.pictures import fit_picture
@@ -61,6 +62,10 @@ class Wan:
         latents = self._denoise(task, request, shape, words, progress)
         notes = (*self._placed.notes, *words.notes)
         return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, notes)
+
+    @property
+    def weights(self) -> Parkable:
+        return self._placed
 
     def unload(self) -> None:
         self._placed.unload()

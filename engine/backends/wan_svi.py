@@ -23,6 +23,7 @@ from engine.frames import stream_uint8
 from engine.geometry import VAE_STRIDE_S, VAE_STRIDE_T, LatentShape, VideoShape
 from engine.memo_encode import MemoEncoder
 from engine.outputs import Frames
+from engine.parking import Parkable
 from engine.placing import place
 from engine.profile import EXPERTS, Profile
 from engine.progress import Progress
@@ -99,6 +100,10 @@ class WanSvi:
             (*_notes(job, anchor), *notes),
             lambda: state,
         )
+
+    @property
+    def weights(self) -> Parkable:
+        return self._placed
 
     def unload(self) -> None:
         self._placed.unload()

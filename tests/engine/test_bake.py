@@ -20,7 +20,7 @@ from engine.settings import Settings
 from engine.weights import locate
 from schemas.errors import WeightsCorrupt, WeightsMissing
 
-SDXL, WAN21, SVI = (PROFILES[name] for name in BAKES)
+SDXL, WAN21, SVI, LIGHTNING = (PROFILES[name] for name in BAKES)
 STEM = "diffusion_pytorch_model.safetensors"
 
 
@@ -86,6 +86,24 @@ def test_bake_merges_each_experts_loras_in_fp32(upstream: Path, tmp_path: Path) 
         baked = load_file(tmp_path / "wan22_i2v_svi" / part / STEM)[name]
         assert torch.equal(baked, expected)
         assert not torch.equal(baked, source.bfloat16())
+
+
+def test_bake_of_lightning_merges_lightx2v_alone_and_shares_what_no_lora_changes(
+    upstream: Path, tmp_path: Path
+) -> None:
+    bake(SVI, FolderHub(upstream), tmp_path, twin=True)
+    hub = Watched(FolderHub(upstream))
+    bake(LIGHTNING, hub, tmp_path, twin=True)
+    name = "blocks.1.ffn.net.2.weight"
+    for part in ("transformer", "transformer_2"):
+        source = shards(upstream / LIGHTNING.component(part).source.repo / part)[name]
+        (row,) = LIGHTNING.loras_of(LIGHTNING.component(part))
+        light = load_file(upstream / row.source.repo / row.file)
+        up, down = (light[f"diffusion_model.blocks.1.ffn.2.{side}.weight"] for side in ("lora_up", "lora_down"))
+        alpha = light["diffusion_model.blocks.1.ffn.2.alpha"].item()
+        baked = load_file(tmp_path / "wan22_i2v_lightning" / part / STEM)[name]
+        assert torch.equal(baked, (source + 1.0 * (alpha / 4 * (up @ down))).bfloat16())
+    assert not [path for path in hub.fetched if path.startswith(("vae", "text_encoder", "tokenizer"))]
 
 
 def test_bake_changes_exactly_the_modules_that_the_loras_name(upstream: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 
 from engine.chain import Wish, plan
-from engine.conditioning import LAYOUTS, Filling, Given, condition, known_mask
+from engine.conditioning import LAYOUTS, Filling, Given, condition, known_mask, start_condition
 from engine.vae import encode_norm
 from schemas.errors import InvalidInput
 from tests.engine.svi_parts import noise, pixels, tiny_vae
@@ -175,6 +175,19 @@ def test_row_04_flf_equals_stock_prepare_latents(frames):
     y = condition("flf", (frames - 1) // 4 + 1, given("flf"), encode)
 
     assert torch.equal(y, stock)
+
+
+@pytest.mark.parametrize("frames", [5, 17])
+def test_start_condition_equals_the_stock_pipelines(frames):
+    pipeline = WanImageToVideoPipeline(tokenizer=None, text_encoder=None, vae=VAE, scheduler=None, transformer=None)
+    _, stock = pipeline.prepare_latents(
+        START[:, :, 0], 1, 16, 16, 16, frames, torch.float32, torch.device("cpu"), latents=noise((frames - 1) // 4 + 1)
+    )
+
+    y = start_condition(START, frames, encode)
+
+    assert torch.equal(y, stock)
+    assert printed(y) == " ".join(["1111"] + ["0000"] * ((frames - 1) // 4))
 
 
 @pytest.mark.parametrize("name", ["svi", "svi_latent", "svi_upstream"])

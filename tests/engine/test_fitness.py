@@ -39,6 +39,7 @@ def test_one_short_file_is_enough_to_refuse_the_worker(baked: Path) -> None:
 
 def test_one_profile_is_enough(baked: Path) -> None:
     shutil.rmtree(baked / "wan22_i2v_svi")
+    shutil.rmtree(baked / "wan22_i2v_lightning")
     shutil.rmtree(baked / "wan21_i2v_480p")
     check_weights(Settings(weights_dir=baked))
 

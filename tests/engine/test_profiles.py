@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from schemas.errors import InvalidInput
 
 SVI_3_3 = PROFILES["wan_2_2_i2v_lightning_svi_3_3"]
 ENDFRAME = PROFILES["wan_2_2_i2v_lightning_svi_endframe"]
+LIGHTNING = PROFILES["wan22_i2v_lightning"]
 
 
 def request(mode: str, **fields: Any) -> Any:
@@ -25,6 +27,8 @@ def request(mode: str, **fields: Any) -> Any:
     [
         ("image", None, "sdxl"),
         ("video", None, "wan21_i2v_480p"),
+        ("video", "wan21_i2v_480p", "wan21_i2v_480p"),
+        ("video", "wan22_i2v_lightning", "wan22_i2v_lightning"),
         ("svi_endframe", None, "wan_2_2_i2v_lightning_svi_3_3"),
         ("svi_endframe", "wan_2_2_i2v_lightning_svi_3_3", "wan_2_2_i2v_lightning_svi_3_3"),
         ("svi_endframe", "wan_2_2_i2v_lightning_svi_endframe", "wan_2_2_i2v_lightning_svi_endframe"),
@@ -49,8 +53,8 @@ def test_resolve_refuses_a_row_of_another_mode() -> None:
     assert caught.value.problems[0].field == "model_type"
 
 
-def test_bakes_are_the_three_folders() -> None:
-    assert BAKES == ("sdxl", "wan21_i2v_480p", "wan22_i2v_svi")
+def test_bakes_are_the_four_folders() -> None:
+    assert BAKES == ("sdxl", "wan21_i2v_480p", "wan22_i2v_svi", "wan22_i2v_lightning")
     assert {profile.folder for profile in PROFILES.values()} == set(BAKES)
 
 
@@ -87,8 +91,20 @@ def test_svi_loras_are_two_an_expert_at_the_published_strengths() -> None:
     assert ["low" in lora.file for lora in SVI_3_3.loras_of(low)] == [True, True]
 
 
-def test_wan_rows_share_encoder_tokenizer_and_vae() -> None:
-    folders = [{part.folder for part in PROFILES[name].components} for name in ("wan21_i2v_480p", "wan22_i2v_svi")]
+def test_lightning_is_two_experts_with_lightx2v_alone_at_full_strength() -> None:
+    schedule = LIGHTNING.schedule
+    assert (schedule.solver, schedule.steps, schedule.flow_shift) == ("euler_distilled", 4, 5.0)
+    assert schedule.switch_threshold == 900.0
+    assert [(phase.expert, phase.guidance_scale) for phase in LIGHTNING.phases] == [("high", 1.0), ("low", 1.0)]
+    assert [(lora.expert, lora.strength) for lora in LIGHTNING.loras] == [("high", 1.0), ("low", 1.0)]
+    assert [lora.file for lora in LIGHTNING.loras] == [lora.file for lora in SVI_3_3.loras[2:]]
+    assert [part.source for part in LIGHTNING.components] == [part.source for part in SVI_3_3.components]
+    assert LIGHTNING.layout is None
+
+
+@pytest.mark.parametrize("pair", list(combinations(("wan21_i2v_480p", "wan22_i2v_svi", "wan22_i2v_lightning"), 2)))
+def test_wan_rows_share_encoder_tokenizer_and_vae(pair: tuple[str, str]) -> None:
+    folders = [{part.folder for part in PROFILES[name].components} for name in pair]
     assert folders[0] & folders[1] == {"shared/umt5_xxl", "shared/umt5_tokenizer", "shared/wan_vae"}
 
 
@@ -104,7 +120,7 @@ def test_every_row_is_whole(profile: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("sdxl", 14.86), ("wan21_i2v_480p", 41.65), ("wan22_i2v_svi", 37.72)],
+    [("sdxl", 14.86), ("wan21_i2v_480p", 41.65), ("wan22_i2v_svi", 37.72), ("wan22_i2v_lightning", 37.72)],
 )
 def test_placement_fits_a_48_gb_card(name: str, gib: float) -> None:
     assert PROFILES[name].vram_gib == pytest.approx(gib, abs=0.005)

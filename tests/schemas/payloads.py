@@ -43,6 +43,7 @@ FULL: dict[str, dict[str, Any]] = {
     },
     "video": {
         "mode": "i2v",
+        "model_type": "wan21_i2v_480p",
         "image_url": "http://example.com/a.jpg?signature=x",
         "prompt": "Кошка 猫 🐈",
         "negative_prompt": "blur",

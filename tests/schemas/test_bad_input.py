@@ -11,8 +11,10 @@ from schemas.input_schema import parse_request
 from schemas.sentences import problems_of as problems_of_pydantic
 from tests.schemas.payloads import LEAST
 
+FEW = "must be 4 to 8 with model_type wan22_i2v_lightning"
+UNGUIDED = "must be 1 with model_type wan22_i2v_lightning"
 FIELDS_OF_VIDEO = (
-    "the fields of mode video are mode, image_url, prompt, negative_prompt, num_frames, fps, height, "
+    "the fields of mode video are mode, model_type, image_url, prompt, negative_prompt, num_frames, fps, height, "
     "width, num_inference_steps, guidance_scale, seed"
 )
 
@@ -285,6 +287,43 @@ def test_parse_leaves_out_rules_about_fields_that_are_wrong_themselves() -> None
         'height: must be a whole number, got "tall"'
     ]
     assert problems_of({"prompt": 5}) == ["prompt: must be a string, got 5"]
+
+
+LIGHTNING = {**LEAST["video"], "model_type": "wan22_i2v_lightning"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentences"),
+    [
+        ({"num_inference_steps": 3}, [f"num_inference_steps: {FEW}, got 3: it is distilled for few steps"]),
+        ({"num_inference_steps": 9}, [f"num_inference_steps: {FEW}, got 9: it is distilled for few steps"]),
+        ({"guidance_scale": 0}, [f"guidance_scale: {UNGUIDED}, got 0: guidance is distilled into it; leave it out"]),
+        (
+            {"num_inference_steps": 40, "guidance_scale": 5.5},
+            [
+                f"num_inference_steps: {FEW}, got 40: it is distilled for few steps",
+                f"guidance_scale: {UNGUIDED}, got 5.5: guidance is distilled into it; leave it out",
+            ],
+        ),
+        ({"num_frames": 6}, ["num_frames: must be 4k + 1, got 6; the nearest are 5 and 9"]),
+        ({"guidance_scale": "1"}, ['guidance_scale: must be a number, got "1"']),
+        (
+            {"fps": 0, "num_inference_steps": 40},
+            [
+                "fps: must be at least 1, got 0",
+                f"num_inference_steps: {FEW}, got 40: it is distilled for few steps",
+            ],
+        ),
+    ],
+)
+def test_lightning_refuses_many_steps_and_guidance(fields: dict[str, Any], sentences: list[str]) -> None:
+    assert problems_of({**LIGHTNING, **fields}) == sentences
+
+
+@pytest.mark.parametrize("value", ["wan22_i2v_lightening", 5, ["wan22_i2v_lightning"], {}, True])
+def test_model_type_of_no_profile_is_one_problem(value: object) -> None:
+    (sentence,) = problems_of({**LEAST["video"], "model_type": value})
+    assert sentence.startswith("model_type: must be wan21_i2v_480p or wan22_i2v_lightning, got ")
 
 
 def test_parse_joins_all_problems_in_the_sentence_of_the_error() -> None:

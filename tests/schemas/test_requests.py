@@ -11,6 +11,7 @@ from schemas.input_schema import INPUT_SCHEMA, effective, media_fields, parse_re
 from schemas.request import is_media
 from tests.schemas.payloads import FULL, LEAST
 
+LIGHTNING = {**LEAST["video"], "model_type": "wan22_i2v_lightning"}
 FREE_NAMES = [(mode, name) for mode, model in INPUT_SCHEMA.items() for name in model.names() if name not in LEAST[mode]]
 """All that the least request of a mode can do without."""
 
@@ -50,6 +51,7 @@ def test_video_defaults() -> None:
     request = parse_request(LEAST["video"])
     assert request.explicit() == {
         "mode": "video",
+        "model_type": "wan21_i2v_480p",
         "image_url": "iVBORw0KGgo=",
         "prompt": "",
         "negative_prompt": None,
@@ -69,6 +71,36 @@ def test_video_says_what_has_no_effect() -> None:
         "prompt is empty: only the picture leads the clip",
         "negative_prompt has no effect at guidance_scale 1 or less",
     ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_inference_steps": None, "guidance_scale": None}])
+def test_lightning_has_defaults_of_its_own_and_they_are_not_given(fields: dict[str, Any]) -> None:
+    request = parse_request({**LIGHTNING, **fields})
+    assert request.explicit() == {
+        **parse_request(LEAST["video"]).explicit(),
+        "model_type": "wan22_i2v_lightning",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+    }
+    assert request.given("num_inference_steps", "guidance_scale", "model_type") == ["model_type"]
+
+
+@pytest.mark.parametrize("fields", [{"num_inference_steps": 4}, {"num_inference_steps": 8, "guidance_scale": 1}])
+def test_lightning_takes_few_steps_and_no_guidance(fields: dict[str, Any]) -> None:
+    request = parse_request({**LIGHTNING, **fields})
+    assert request.explicit().items() >= fields.items()
+    assert request.given(*fields) == list(fields)
+
+
+def test_lightning_says_that_nobody_reads_the_negative_prompt() -> None:
+    request = parse_request({**LIGHTNING, "prompt": "x", "negative_prompt": "blur"})
+    assert request.warnings() == ["negative_prompt has no effect at guidance_scale 1 or less"]
+
+
+def test_lightning_posted_again_is_the_same_job() -> None:
+    first = parse_request({**LIGHTNING, "num_inference_steps": 5})
+    again = {**effective(first, 7, {"image_url": "aa"}), "image_url": LEAST["video"]["image_url"]}
+    assert parse_request(again).explicit() == {**first.explicit(), "seed": 7}
 
 
 def test_text_is_taken_as_it_is() -> None:

@@ -43,6 +43,5 @@ def footprint(pid: int, temporary: Path) -> Footprint:
 
 
 def of_a_round(seen: Iterable[Footprint]) -> Footprint:
-    """What is held throughout a round of jobs: the least memory, since models come and go; of the rest, the most."""
-    resident, *others = zip(*map(astuple, seen), strict=True)
-    return Footprint(min(resident), *map(max, others))
+    """Of each the least, which is what stays: models, work folders and a lookup's thread come and go."""
+    return Footprint(*(min(values) for values in zip(*map(astuple, seen), strict=True)))

@@ -96,3 +96,8 @@ def test_known_prompt_and_picture_ask_no_encoder(wan: Wan, monkeypatch: pytest.M
     monkeypatch.setattr(wan._prompts, "_use_encoder", refuse)
     monkeypatch.setattr(wan._pictures, "_use_encoder", refuse)
     frames_of(wan.generate(task(wan, SMALL), Progress()))
+
+
+def test_notes_tell_of_a_prompt_longer_than_the_model_reads(wan: Wan) -> None:
+    frames = wan.generate(task(wan, {**SMALL, "prompt": "fox " * 600, "num_inference_steps": 1}), Progress())
+    assert [note.endswith(" tokens long; the model reads the first 512") for note in frames.notes] == [True]
