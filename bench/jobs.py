@@ -100,6 +100,23 @@ JOBS = {
         VIDEO_480P,
         forwards=6,
     ),
+    # A second of film in a forward of each expert: for many jobs in a row.
+    "short": Job(
+        "svi_endframe",
+        {
+            **HEAD,
+            "mode": "svi_endframe",
+            "resolution": "832x480",
+            "video_length": 17,
+            "num_inference_steps": 2,
+            "image_start": GIVEN,
+            "image_end": GIVEN,
+        },
+        {"resolution": "64x64", "video_length": 13},
+        ("image_start", "image_end"),
+        VideoShape(17, 480, 832),
+        forwards=2,
+    ),
     # 4 of the usual 40 steps: each costs the same, so the rest is told by multiplication, and the table says so.
     "video": Job(
         "video",
@@ -126,7 +143,7 @@ JOBS = {
         ("image_url",),
         VIDEO_480P,
         forwards=4,
-    ),  # fmt: skip
+    ),
     # base 25 steps; refiner int(50 * 0.3) = 15: worker-sdxl's defaults
     "image": Job(
         "image",

@@ -38,7 +38,9 @@ class Arm:
         self._is_small = is_small
         profile, rest = located(mode, twins)
         parts = WatchedParts(rest if is_small else CardParts(profile, rest), watch)
-        self._pipelines = {"svi_endframe": _svi, "lightning": _svi, "video": _video, "image": _image}[mode](parts)
+        self._pipelines = {"svi_endframe": _svi, "short": _svi, "lightning": _svi, "video": _video, "image": _image}[
+            mode
+        ](parts)
         self._fps = profile.fps
         for pipeline in self._pipelines:
             pipeline.set_progress_bar_config(disable=True)
