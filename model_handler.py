@@ -1,4 +1,7 @@
-"""ModelHandler: loads a profile when the first job needs it, keeps what fits the card, runs one job at a time."""
+"""ModelHandler: loads a profile when the first job needs it, keeps what fits the card, runs one job at a time.
+
+What does not fit the card beside another profile is parked in host memory, and comes back from there.
+"""
 
 import gc
 import logging
@@ -8,15 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
-from engine import disk, video
+from engine import disk, host_memory, video
 from engine.admission import Gate, Limits
 from engine.backends import Backend, Task, load_backend
 from engine.card import Card, Levers
 from engine.card_errors import card_error
 from engine.demand import Demand
 from engine.outputs import Frames, Images, MediaFile
+from engine.parking import Parkable, ParkingLot
 from engine.pictures import write_picture
 from engine.profiles import Profile
 from engine.progress import Progress
@@ -45,12 +49,25 @@ class Generated:
     state: str | None = None
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A profile on the card, and where its bytes are there (on a CPU: where they would be)."""
 
     profile: Profile
     backend: Backend
     plan: Plan
+
+    @property
+    def name(self) -> str:
+        return self.profile.name
+
+    @property
+    def weights(self) -> Parkable:
+        return self.backend.weights
+
+    def unload(self) -> None:
+        self.backend.unload()
+        log.info("unloaded %s", self.name)
 
 
 class ModelHandler:
@@ -60,12 +77,14 @@ class ModelHandler:
         self,
         settings: Settings,
         load: Callable[[Profile, Parts, Card], Backend] = load_backend,
+        free_host_bytes: Callable[[], int] = host_memory.free_bytes,
     ) -> None:
         self._settings = settings
         self._load = load
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
-        self.loads = 0  # profiles loaded since the start; a warm job adds none
+        self.lot: ParkingLot[Loaded] = ParkingLot(free_host_bytes)  # profiles that have left the card for another
+        self.loads = 0  # profiles loaded since the start; a warm job adds none, and one that comes back neither
 
     @cached_property
     def limits(self) -> Limits:
@@ -80,13 +99,13 @@ class ModelHandler:
     def generate(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
         """Run one task and leave its verified files in `folder`.
 
-        If the card runs out of memory, everything but this profile is unloaded, and the task runs once more in the
+        If the card runs out of memory, everything but this profile leaves it, and the task runs once more in the
         form that saves memory; the result says so.
 
         Raises:
             RequestTooLarge: it cannot run on this card, or is more work than the operator allows. Nothing was loaded.
             DiskFull: there is no room for its files.
-            WorkerError: the most specific one. Of memory, only loaded profiles keep theirs.
+            WorkerError: the most specific one. Of memory, only loaded and parked profiles keep theirs.
         """
         gate = self.gate(task.profile)
         wanted = gate.admit(task.request, task.pictures)
@@ -99,7 +118,8 @@ class ModelHandler:
                 except OutOfMemory:
                     log.warning("out of memory%s", " again, though saving it" if saves_memory else "; once more")
                 # Out here the exception is gone, and with it the tensors that its frames held.
-                self._evict_all_but(task.profile)
+                with progress.timed("load"):
+                    self._evict_all_but(task.profile, progress)
         raise OutOfMemory(
             f"the card has not enough memory for this request, also in tiles and with the card to itself; "
             f"{gate.advice(task.request, task.pictures)}"
@@ -109,17 +129,20 @@ class ModelHandler:
         failed = True
         try:
             with progress.stage("load"):
-                backend = self._backend(task.profile, parts, wanted)
+                backend = self._backend(task.profile, parts, wanted, progress)
             made = self._write(backend.generate(task, progress), task, folder)
             failed = False
             return made
         except WeightsCorrupt:
             if task.profile.folder in self._loaded:
-                self._evict(task.profile.folder)  # it is there in part, and the rest cannot be read: load it anew
+                self._unload(task.profile.folder)  # it is there in part, and the rest cannot be read: load it anew
+            raise
+        except GpuFault:
+            failed = False  # a poisoned context must not be touched again
             raise
         except RuntimeError as error:
             fault = card_error(error)
-            failed = not isinstance(fault, GpuFault)  # a poisoned context must not be touched again
+            failed = not isinstance(fault, GpuFault)
             if fault is None:
                 raise
             raise fault from error
@@ -128,12 +151,13 @@ class ModelHandler:
                 _give_back_cache()
 
     def unload_all(self) -> None:
-        """Drop every loaded profile."""
+        """Drop every loaded profile, the parked ones too."""
         with self._lock:
-            while self._loaded:
-                self._evict_oldest()
+            for folder in list(self._loaded):
+                self._unload(folder)
+            self.lot.clear()
 
-    def _backend(self, profile: Profile, parts: Parts, wanted: Demand | None) -> Backend:
+    def _backend(self, profile: Profile, parts: Parts, wanted: Demand | None, progress: Progress) -> Backend:
         """The profile's backend, with room on the card for what is wanted.
 
         As it is placed, if that leaves the room. Else it is loaded again, placed so that it does.
@@ -143,22 +167,46 @@ class ModelHandler:
         loaded = self._loaded.get(profile.folder)
         if loaded is not None and loaded.plan.peak_bytes(work_bytes) > budget_bytes:
             log.info("%s as it is placed has no room for this size; it is loaded again", profile.name)
-            self._evict(profile.folder)
+            self._unload(profile.folder)
             loaded = None
         if loaded is None:
-            loaded = self._load_beside_others(profile, parts, gate.planned(wanted))
+            loaded = self._bring_back(profile, gate.planned(wanted), progress)
+        if loaded is None:
+            loaded = self._load_beside_others(profile, parts, gate.planned(wanted), progress)
         self._loaded[profile.folder] = loaded
         self._loaded.move_to_end(profile.folder)
         while self._others_bytes(profile) + loaded.plan.peak_bytes(work_bytes) > budget_bytes and len(self._loaded) > 1:
-            self._evict_oldest()
+            self._evict_oldest(progress)
         return loaded.backend
 
-    def _load_beside_others(self, profile: Profile, parts: Parts, wanted: Demand) -> Loaded:
+    def _bring_back(self, profile: Profile, wanted: Demand, progress: Progress) -> Loaded | None:
+        """The profile from the parking lot; None if it is not there, or is placed as it would not be placed now."""
+        if profile.folder not in self.lot:
+            return None
+        budget_bytes = self.limits.budget_bytes
+        alone = self._plan(profile, wanted, budget_bytes)
+        parked = self.lot.take(profile.folder)
+        peak_bytes = parked.plan.peak_bytes(self.gate(profile).needed_bytes(wanted))
+        if parked.plan.kind != alone.kind or peak_bytes > budget_bytes:
+            log.info("%s as it was parked does not fit this size; it is loaded again", profile.name)
+            parked.unload()
+            return None
+        while self._loaded and self._others_bytes(profile) + peak_bytes > budget_bytes:
+            self._evict_oldest(progress)
+        with progress.timed("load_to_card"):
+            if self.lot.bring_back(parked):
+                return parked
+        _give_back_cache()
+        return None
+
+    def _load_beside_others(self, profile: Profile, parts: Parts, wanted: Demand, progress: Progress) -> Loaded:
         """Load it beside what is there, as far as that costs it no speed; the oldest goes first."""
         self._cap_memory()
         alone = self._plan(profile, wanted, self.limits.budget_bytes)
+        host_bytes = alone.host_bytes if device() == "cuda" else 0  # on a CPU nothing is placed beside the card
         while self._loaded and self._kind_beside_others(profile, wanted) != alone.kind:
-            self._evict_oldest()
+            self._evict_oldest(progress, host_bytes)
+        self.lot.make_room(host_bytes)
         left_bytes = self.limits.budget_bytes - self._others_bytes(profile)
         made = self._plan(profile, wanted, left_bytes)
         backend = self._load(profile, parts, self._card(left_bytes, wanted))
@@ -179,21 +227,24 @@ class ModelHandler:
     def _others_bytes(self, profile: Profile) -> int:
         return sum(one.plan.stays_bytes for folder, one in self._loaded.items() if folder != profile.folder)
 
-    def _evict_all_but(self, profile: Profile) -> None:
+    def _evict_all_but(self, profile: Profile, progress: Progress) -> None:
         for folder in list(self._loaded):
             if folder != profile.folder:
-                self._evict(folder)
+                self._evict(folder, progress)
         _give_back_cache()
 
-    def _evict_oldest(self) -> None:
-        self._evict(next(iter(self._loaded)))
+    def _evict_oldest(self, progress: Progress, reserve_bytes: int = 0) -> None:
+        self._evict(next(iter(self._loaded)), progress, reserve_bytes)
 
-    def _evict(self, folder: str) -> None:
-        profile, backend, _ = self._loaded.pop(folder)
-        backend.unload()
-        del backend
+    def _evict(self, folder: str, progress: Progress, reserve_bytes: int = 0) -> None:
+        """Off the card: parked, or unloaded where that cannot be. `reserve_bytes`: see ParkingLot.park."""
+        with progress.timed("load_make_room"):
+            is_parked = self.lot.park(folder, self._loaded.pop(folder), reserve_bytes)
+            _give_back_cache(collects=not is_parked)  # what is parked leaves no object behind
+
+    def _unload(self, folder: str) -> None:
+        self._loaded.pop(folder).unload()
         _give_back_cache()
-        log.info("unloaded %s", profile.name)
 
     def _card(self, bytes_left: int, wanted: Demand) -> Card:
         settings = self._settings
@@ -245,9 +296,11 @@ def budget_bytes(vram_gib: float | None) -> int:
     return free_bytes if vram_gib is None else min(free_bytes, int(vram_gib * GIB))
 
 
-def _give_back_cache() -> None:
+def _give_back_cache(*, collects: bool = True) -> None:
+    """`collects`: first look for objects that hold each other and nobody else holds; a third of a second."""
     import torch
 
-    gc.collect()
+    if collects:
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

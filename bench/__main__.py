@@ -25,9 +25,10 @@ from typing import Any
 
 from bench.jobs import CAP_GIB, JOBS, LAYOUTS
 from bench.processes import ROOT, once
-from bench.rounds import Rounds, Row, free_host_bytes, groups
+from bench.rounds import Rounds, Row, groups
 from bench.say import say
 from bench.smi import card_bytes
+from engine import host_memory
 
 WHAT = ("jobs", "ladder", "kernels", "swap", "vae", "accuracy", "work")
 UNCAPPED = ("swap", "accuracy", "work")  # two bf16 experts at once, every layer's inputs, or the peaks themselves
@@ -73,7 +74,7 @@ def _run_jobs(rows: list[Row], args: argparse.Namespace, write: Any) -> Rounds:
     together: list[list[Cell]] = []
     for mode in args.modes:
         cells = [row.cell for row in rows if row.cell["mode"] == mode]
-        made, why = groups(cells, free_host_bytes(), card_bytes())
+        made, why = groups(cells, host_memory.free_bytes(), card_bytes())
         say(f"{mode}: {why or 'all arms are alive at once and take turns'}")
         together += made
     rounds = Rounds(rows, write)

@@ -7,7 +7,8 @@ out_of_memory   torch's allocator refuses inside a forward, under a cap: answere
 saved_by_tiles  it refuses the decode of a whole frame and not that of a tile: answered with a video and a warning.
 device_assert   a kernel asserts inside a job, in a process of its own: answered gpu_fault, no further job, exit code 1;
                 a fresh process works. Through RunPod's loop against a loopback server where the SDK is installed.
-mixed_jobs      the modes in turn, each pushing the other models off the card: no memory more afterwards.
+mixed_jobs      the modes in turn, each pushing the other models off the card (parked on the host): no memory more
+                afterwards.
 """
 
 import argparse

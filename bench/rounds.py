@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bench.jobs import GIB, JOBS
@@ -151,18 +150,6 @@ def host_need_bytes(cell: dict[str, Any]) -> int:
         return profile.size_bytes + PROCESS_BYTES
     made = residency.plan(profile, int(cell["cap_gib"] * GIB), precision=cell["precision"])
     return made.host_bytes + PROCESS_BYTES
-
-
-def free_host_bytes() -> int:
-    """What the machine and the container's limit leave."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _fits(cells: Sequence[dict[str, Any]], host_bytes: int, card_bytes: int | None) -> bool:

@@ -18,6 +18,9 @@ Streaming is the same rule with fewer buffers. With n blocks and s slots, block 
 it ran its slot is next needed by block i + s. With s = n that is block i of the next forward, which only another
 expert's turn makes a copy of; with s = 2 every block of every forward is copied while its neighbour computes.
 
+Parking (see engine.parking) gives the card's buffers back and makes new ones: the addresses change then, between jobs,
+and the next `use` brings in what it needs.
+
 Safety. Each slot says which block of which expert it holds; the tag is taken away before a copy and set after it.
 Whatever went wrong in between, `use` copies every slot whose tag is not the wanted one, so a mixed model cannot run.
 
@@ -102,15 +105,12 @@ class RollingExperts:
                 name: coming[name][0] if name in coming else HostCopy.of(model, self._pieces, device)
                 for name, model in experts.items()
             }
-            self._card = [
-                torch.empty(piece.size_bytes, dtype=torch.uint8, device=device)
-                for piece in self._pieces[: 2 + self._slots]
-            ]
-            self.model = models[0]
-            for i, piece in enumerate(self._pieces):
-                point_at(self.model, piece, self._card[self._slot(i)])
-        self._holds: list[tuple[str, int] | None] = [None] * len(self._card)
-        self._arrival: list[torch.cuda.Event | None] = [None] * len(self._card)
+        self._device = device
+        self.model = models[0]
+        self._card: list[torch.Tensor] = []
+        self._holds: list[tuple[str, int] | None] = []
+        self._arrival: list[torch.cuda.Event | None] = []
+        self.bring_back()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -177,14 +177,52 @@ class RollingExperts:
         following = i + self._slots
         return (following, False) if following < self._blocks else (i % self._slots, True)
 
+    @property
+    def is_whole(self) -> bool:
+        return all(coming.is_whole for coming in self._coming.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        return 0
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(host.size_bytes for host in self._host.values())
+
+    def park(self) -> int:
+        """The host copies are there: nothing is copied. A `use` before `bring_back` fails."""
+        self._settle()
+        host = next(iter(self._host.values()))
+        for piece, buffer in zip(self._pieces, host.buffers, strict=True):
+            point_at(self.model, piece, buffer)
+        self._card, self._holds, self._arrival = [], [], []
+        return 0
+
+    def bring_back(self) -> int:
+        """Room on the card that holds no expert yet; what is copied into it is in `bytes_moved`."""
+        with torch.inference_mode(False):
+            self._card = [
+                torch.empty(piece.size_bytes, dtype=torch.uint8, device=self._device)
+                for piece in self._pieces[: 2 + self._slots]
+            ]
+            for i, piece in enumerate(self._pieces):
+                point_at(self.model, piece, self._card[self._slot(i)])
+        self._holds = [None] * len(self._card)
+        self._arrival = [None] * len(self._card)
+        return 0
+
     def unload(self) -> None:
         """Give back card and host memory. The model is empty afterwards."""
-        if self._stream is not None:
-            torch.cuda.synchronize(self._stream.device)
+        self._settle()
         self.model.to("meta")
         for host in self._host.values():
             host.release()
         self._card, self._host = [], {}
+
+    def _settle(self) -> None:
+        """Wait for the copies: what they read from or write to is about to go."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)
 
     def _slot(self, i: int) -> int:
         return i if i < 2 else 2 + (i - 2) % self._slots

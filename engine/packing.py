@@ -27,12 +27,14 @@ class Field:
 
     name: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Of elements, without gaps. Kept, because code is compiled for an order of axes too (channels last, say)."""
     dtype: torch.dtype
     offset: int
 
     def view(self, buffer: Tensor) -> Tensor:
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return buffer[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+        return buffer[self.offset : self.offset + size].view(self.dtype).as_strided(self.shape, self.strides)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def layout(model: nn.Module) -> tuple[Piece, ...]:
 def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
     fields, offset = [], 0
     for name, tensor in tensors:
-        fields.append(Field(name.removeprefix(prefix), tuple(tensor.shape), tensor.dtype, offset))
+        strides = torch.empty_like(tensor, device="meta").stride()
+        fields.append(Field(name.removeprefix(prefix), tuple(tensor.shape), strides, tensor.dtype, offset))
         size = tensor.numel() * tensor.element_size()
         offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return Piece(prefix, tuple(fields), offset)
@@ -74,8 +77,8 @@ def point_at(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
 class HostCopy:
     """A model's tensors in host memory, one flat buffer a piece, page-locked where copies go to a card.
 
-    Made with `of` from a model that is loaded, or empty, to be filled by a reader: each piece is locked by `settle`
-    once it is whole, because locking memory that is still being written would hold the reader up.
+    Made with `of` or `take` from a model that is loaded, or empty, to be filled by a reader: each piece is locked by
+    `settle` once it is whole, because locking memory that is still being written would hold the reader up.
     """
 
     def __init__(self, pieces: tuple[Piece, ...], device: str) -> None:
@@ -89,12 +92,26 @@ class HostCopy:
     def of(cls, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> Self:
         """Copy a loaded model. It is pointed at the copy piece by piece, so that nothing is held twice."""
         host = cls((), device)
-        for i, piece in enumerate(pieces):
-            host.buffers.append(torch.empty(piece.size_bytes, dtype=torch.uint8))
-            fill_piece(model, piece, host.buffers[i])
-            point_at(model, piece, host.buffers[i])
-            host.settle(i)
+        for piece in pieces:
+            host.take(model, piece)
         return host
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self.buffers)
+
+    def take(self, model: nn.Module, piece: Piece) -> None:
+        """Copy one more piece of a loaded model and point the model at the copy.
+
+        Locked first: what comes from a card then comes at the bus's rate, in one go.
+        """
+        buffer = torch.empty(piece.size_bytes, dtype=torch.uint8)
+        if torch.device(self._device).type == "cuda":
+            buffer.zero_()  # by all cores; locking would bring the pages in with one
+        self.buffers.append(buffer)
+        self.settle(len(self.buffers) - 1)
+        fill_piece(model, piece, buffer)
+        point_at(model, piece, buffer)
 
     def settle(self, i: int) -> None:
         """Lock piece `i`, which is whole. Any thread; a piece is settled once."""

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -15,12 +16,14 @@ from engine.fast_decode import FastDecoder, channels
 from engine.geometry import LatentShape
 from engine.loading import Loaded, Loader
 from engine.packing import HostCopy
+from engine.parking import Parkable
 from engine.passes import TORCH, choose
 from engine.profile import Profile
 from engine.progress import Progress
 from engine.readahead import order_of_need
 from engine.residency import CARD, FAST_SINCE, STREAM_SLOTS, Plan, plan
 from engine.speed import Accelerated, accelerate, narrow
+from engine.standing import Standing
 from engine.visitor import Visitor
 from engine.weights import Parts
 
@@ -32,9 +35,15 @@ Use = Callable[[], AbstractContextManager[Any]]
 ENCODERS = ("text_encoder", "image_encoder")
 
 
-@dataclass(frozen=True)
+class Mover(Parkable, Protocol):
+    """What copies between host and card."""
+
+    bytes_moved: int
+
+
+@dataclass(eq=False)
 class Placed:
-    """The experts of one profile, its VAE, and its encoders by name."""
+    """The experts of one profile, its VAE, and its encoders by name. All of it parks as one, see engine.parking."""
 
     plan: Plan | None
     """None on a CPU, where there is one memory and nothing to plan."""
@@ -42,20 +51,24 @@ class Placed:
     encoders: Mapping[str, Use]
     vae: Any
     """Encodes, in fp32: what it makes is held against every later frame."""
-    decoder: Any
-    """Decodes. The same VAE, or a bf16 FastDecoder beside 8-bit experts."""
+    make_decoder: Callable[[], Any]
+    """What decodes, made from the VAE on the card: the same VAE, or a bf16 FastDecoder beside 8-bit experts."""
     arrival: Arrival
     """Reads what is not there yet."""
-    movers: tuple[Any, ...] = ()
-    """What copies between host and card, each with `bytes_moved` and `unload`."""
+    standing: Standing
+    """What is on the card for good: the VAE, fixed experts, encoders that do not visit."""
+    movers: tuple[Mover, ...] = ()
     accelerated: Accelerated | None = None
     notes: tuple[str, ...] = ()
     image_tokens: int = 0
     """Of a picture's embedding; 0 without an image encoder."""
 
+    def __post_init__(self) -> None:
+        self.decoder = self.make_decoder()
+
     @property
     def bytes_moved(self) -> int:
-        """Host to device since the load, weights only."""
+        """Host to device by what moves in a job, since the load, weights only."""
         return sum(mover.bytes_moved for mover in self.movers)
 
     def attended(self, progress: Progress) -> AbstractContextManager[None]:
@@ -72,10 +85,38 @@ class Placed:
         if self.accelerated is not None:
             self.accelerated.save()
 
+    @property
+    def is_whole(self) -> bool:
+        return all(part.is_whole for part in self._parts)
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(part.needed_bytes for part in self._parts)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(part.held_bytes for part in self._parts)
+
+    def park(self) -> int:
+        """A bf16 decoder goes: made again from the VAE in milliseconds, it is not worth 0.15 GB of locked memory."""
+        self.arrival.pause()  # nothing is read any more, and every copy to the card is done
+        self.decoder = None
+        return sum(part.park() for part in self._parts)
+
+    def bring_back(self) -> int:
+        moved_bytes = sum(part.bring_back() for part in self._parts)
+        self.decoder = self.make_decoder()
+        return moved_bytes
+
     def unload(self) -> None:
         self.arrival.close()
-        for mover in self.movers:
-            mover.unload()
+        self.decoder = None
+        for part in self._parts:
+            part.unload()
+
+    @property
+    def _parts(self) -> tuple[Parkable, ...]:
+        return (self.standing, *self.movers)
 
 
 def place(profile: Profile, parts: Parts, card: Card, experts: Mapping[str, str]) -> Placed:
@@ -111,17 +152,16 @@ def _plan(profile: Profile, card: Card) -> Plan:
 
 def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str, str]) -> Placed:
     """`made`: None on a CPU, where there is one memory and nothing to plan."""
-    loaded: dict[str, Loaded] = {}
-    for name in _in_order(loader, experts):
-        stays = made is None or made.where(name) == CARD
-        loaded[name] = loader.on_device(name) if stays else loader.in_host_memory(name)
+    names = _in_order(loader, experts)
+    stays = {name for name in names if made is None or made.where(name) == CARD}
+    loaded = {name: loader.on_device(name) if name in stays else loader.in_host_memory(name) for name in names}
     running, models, notes = _experts({expert: loaded[name] for expert, name in experts.items()}, loader, made)
     accelerated = None if made is None else accelerate(models, card.device, card.levers)
-    movers: list[Any] = [running] if isinstance(running, RollingExperts) else []
+    movers: list[Mover] = [running] if isinstance(running, RollingExperts) else []
     uses: dict[str, Use] = {}
     for name in _encoders(loader.parts.profile):
-        if made is None or made.where(name) == CARD:
-            uses[name] = _standing(loaded[name])
+        if name in stays:
+            uses[name] = _stays(loaded[name])
         else:
             visitor = Visitor(loaded[name].model, card.device, _coming_to(loaded[name]))
             movers.append(visitor)
@@ -130,13 +170,15 @@ def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str,
     if (coming := loaded["vae"].coming) is not None:
         coming.wait_whole()  # it is read first, in a fraction of a second, and a decoder is made from its values
     is_fast = made is not None and made.precision in FAST_SINCE
-    decoder, said = _bf16_decoder(vae, card) if is_fast else (vae, ())
+    make_decoder, said = _bf16_decoder(vae, card) if is_fast else (lambda: vae, ())
     notes = (*notes, *(accelerated.notes if accelerated else ()), *said)
     if made is not None and accelerated is not None:
         log.info("%s\nattention: %s%s", made.table(), accelerated.attention, "".join(f"\n- {note}" for note in notes))
+    standing = _standing([each for name, each in loaded.items() if name in stays], loader.device)
     return Placed(
-        made, running, uses, vae, decoder, loader.arrival, tuple(movers), accelerated, notes, _image_tokens(loaded)
-    )
+        made, running, uses, vae, make_decoder, loader.arrival, standing, tuple(movers), accelerated, notes,
+        _image_tokens(loaded),
+    )  # fmt: skip
 
 
 def _in_order(loader: Loader, experts: Mapping[str, str]) -> list[str]:
@@ -161,12 +203,10 @@ def _experts(
     return rolling, [rolling.model], (*notes, *rolling.notes)
 
 
-def _bf16_decoder(vae: Any, card: Card) -> tuple[FastDecoder, tuple[str, ...]]:
-    """Weights of its own, beside the fp32 ones that encode; and what should be said."""
-    if not card.levers.compile:
-        return FastDecoder(vae, torch.bfloat16, TORCH), ()
-    passes, notes = choose(card.device, channels(vae))
-    return FastDecoder(vae, torch.bfloat16, passes), notes
+def _bf16_decoder(vae: Any, card: Card) -> tuple[Callable[[], FastDecoder], tuple[str, ...]]:
+    """Makes one with weights of its own, beside the fp32 ones that encode; and what should be said."""
+    passes, notes = choose(card.device, channels(vae)) if card.levers.compile else (TORCH, ())
+    return partial(FastDecoder, vae, torch.bfloat16, passes), notes
 
 
 def _image_tokens(loaded: Mapping[str, Loaded]) -> int:
@@ -182,7 +222,12 @@ def _encoders(profile: Profile) -> list[str]:
     return [name for name in ENCODERS if name in names]
 
 
-def _standing(loaded: Loaded) -> Use:
+def _standing(loaded: list[Loaded], device: str) -> Standing:
+    coming = [each.coming for each in loaded if each.coming is not None]
+    return Standing([each.model for each in loaded], device, coming)
+
+
+def _stays(loaded: Loaded) -> Use:
     """A component that stays: only to be waited for."""
 
     @contextmanager

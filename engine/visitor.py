@@ -2,7 +2,8 @@
 
 Text and picture encoders run once a prompt, 11 GB for a quarter of a second. The usual offload copies a model to the
 card and then copies the unchanged weights back. Here the host copy is page-locked and kept: coming is one transfer,
-leaving is pointing the parameters back at it, and nothing is copied.
+leaving is pointing the parameters back at it, and nothing is copied. Between visits nothing of it is on the card, so it
+parks by doing nothing (see engine.parking.Parkable).
 """
 
 from collections.abc import Iterator
@@ -46,6 +47,24 @@ class Visitor:
         finally:
             for piece, buffer in zip(self._pieces, self._host.buffers, strict=True):
                 point_at(self._module, piece, buffer)
+
+    @property
+    def is_whole(self) -> bool:
+        return self._coming is None or self._coming.is_whole
+
+    @property
+    def needed_bytes(self) -> int:
+        return 0
+
+    @property
+    def held_bytes(self) -> int:
+        return self._host.size_bytes
+
+    def park(self) -> int:
+        return 0
+
+    def bring_back(self) -> int:
+        return 0
 
     def unload(self) -> None:
         """Give the host memory back. The module is empty afterwards."""

@@ -33,8 +33,10 @@ class Response(BaseModel):
     timings_s: dict[str, float] = Field(
         description="Seconds by stage; the stages follow one another. A job that loads a model says more of it: "
         "`load_import` is the part of `load` in which libraries were imported, `load_wait` the part of `encode` and "
-        "`denoise` in which the job stood still for weights. `load_read` (from the first byte read to the last) and "
-        "`load_to_card` (the bus at work within that) ran beside the stages: they are in no sum."
+        "`denoise` in which the job stood still for weights, `load_make_room` the part of `load` in which other models "
+        "left the card. `load_read` (from the first byte read to the last) runs beside the stages and is in no sum, "
+        "nor is `load_to_card` (the bus at work within that); for a model that comes back from host memory "
+        "`load_to_card` is part of `load`."
     )
     worker_version: str = Field(description="Version of this worker.")
 

@@ -28,19 +28,48 @@ IMAGE = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 2,
 VIDEO = {"mode": "video", "num_frames": 5, "num_inference_steps": 1, "height": 64, "width": 64, "fps": 8}
 
 
+class Luggage:
+    """Weights of a Rehearsal: what happens to them, in words."""
+
+    is_whole = True
+    needed_bytes = 100
+    held_bytes = 0
+
+    def __init__(self) -> None:
+        self.story: list[str] = []
+        self.fault: Exception | None = None
+        """Raised by whatever is done next, once."""
+
+    def park(self) -> int:
+        return self._do("park")
+
+    def bring_back(self) -> int:
+        return self._do("bring back")
+
+    def unload(self) -> None:
+        self._do("unload")
+
+    def _do(self, what: str) -> int:
+        self.story.append(what)
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
+        return 100
+
+
 class Rehearsal:
     """A backend of no weights: `act` is what its generate does."""
 
     def __init__(self, profile: Profile, act: Any) -> None:
         self.profile = profile
         self._act = act
-        self.weights = np.zeros(1_000_000)
+        self.weights = Luggage()
 
     def generate(self, task: Task, progress: Progress) -> Images | Frames:
         return self._act(task, progress)
 
     def unload(self) -> None:
-        del self.weights
+        self.weights.unload()
 
 
 class Stage:
@@ -76,6 +105,11 @@ def task_of(payload: dict[str, Any]) -> Task:
     return Task(profiles.resolve(request), request, 3, {"image_url": picture} if "image_url" in payload else {})
 
 
+def models_of(stage: Any, vram_gib: float | None = None, host_gib: float = 0.0) -> ModelHandler:
+    """`host_gib`: what the host has left; with nothing, whoever makes room is unloaded."""
+    return ModelHandler(Settings(vram_gib=vram_gib), stage, lambda: int(host_gib * 2**30))
+
+
 def run(models: ModelHandler, payload: dict[str, Any], folder: Path, progress: Progress | None = None) -> Any:
     task = task_of(payload)
     parts = weights.locate(task.profile, Settings(weights_dir=folder)).parts() if folder.name == "tiny" else None
@@ -89,7 +123,7 @@ def _work(folder: Path) -> Path:
 
 
 def test_second_job_of_a_mode_loads_nothing(tmp_path: Path) -> None:
-    models = ModelHandler(Settings(), Stage(picture_of))
+    models = models_of(Stage(picture_of))
     run(models, IMAGE, tmp_path)
     run(models, IMAGE, tmp_path)
     assert models.loads == 1
@@ -97,7 +131,7 @@ def test_second_job_of_a_mode_loads_nothing(tmp_path: Path) -> None:
 
 def test_profiles_that_do_not_fit_together_push_the_oldest_out_and_free_it(tmp_path: Path) -> None:
     stage = Stage(picture_of)
-    models = ModelHandler(Settings(vram_gib=44.5), stage)
+    models = models_of(stage, 44.5)
     run(models, IMAGE, tmp_path)
     run(models, VIDEO, tmp_path)
     assert stage.alive == [False, True]  # sdxl and wan21 are over 44.5 GiB together
@@ -108,7 +142,7 @@ def test_profiles_that_do_not_fit_together_push_the_oldest_out_and_free_it(tmp_p
 
 def test_profiles_that_fit_together_stay(tmp_path: Path) -> None:
     stage = Stage(picture_of)
-    models = ModelHandler(Settings(vram_gib=80.0), stage)
+    models = models_of(stage, 80.0)
     for payload in (IMAGE, VIDEO, IMAGE, VIDEO):
         run(models, payload, tmp_path)
     assert stage.alive == [True, True]
@@ -123,7 +157,7 @@ def test_failed_job_leaves_its_profile_loaded_and_the_next_job_works(tmp_path: P
         return picture_of(task, progress)
 
     stage = Stage(fail_once)
-    models = ModelHandler(Settings(), stage)
+    models = models_of(stage)
     with pytest.raises(BadOutput):
         run(models, IMAGE, tmp_path)
     stage.loaded[0]()._act = picture_of
@@ -141,7 +175,7 @@ def test_out_of_memory_is_tried_once_more_with_the_card_to_itself(tmp_path: Path
         return picture_of(task, progress)
 
     stage = Stage(picture_of)
-    models = ModelHandler(Settings(vram_gib=80.0), stage)
+    models = models_of(stage, 80.0)
     run(models, VIDEO, tmp_path)
     stage.act = full_at_first
     assert run(models, IMAGE, tmp_path).files
@@ -155,7 +189,7 @@ def test_out_of_memory_twice_is_answered_and_the_next_job_works(tmp_path: Path) 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return picture_of(task, _progress)
 
-    models = ModelHandler(Settings(), Stage(full))
+    models = models_of(Stage(full))
     with pytest.raises(OutOfMemory, match=r"; try 2 pictures of 400x400, or 1 picture of 512x512$"):
         run(models, {**IMAGE, "num_images": 2, "height": 512, "width": 512}, tmp_path)
     assert run(models, IMAGE, tmp_path).files
@@ -171,7 +205,7 @@ def test_second_run_after_out_of_memory_saves_memory_and_says_so(tmp_path: Path)
         return picture_of(task, progress)
 
     stage = Stage(full_unless_saving)
-    models = ModelHandler(Settings(), stage)
+    models = models_of(stage)
     assert run(models, IMAGE, tmp_path).notes == (SAVED_MEMORY,)
     stage.loaded[0]()._act = picture_of
     assert run(models, IMAGE, tmp_path).notes == ()  # the next job decodes in one piece again
@@ -187,7 +221,7 @@ def test_out_of_memory_is_answered_when_nothing_holds_its_tensors_any_more(tmp_p
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(OutOfMemory) as caught:
-        run(ModelHandler(Settings(), Stage(full)), IMAGE, tmp_path)
+        run(models_of(Stage(full)), IMAGE, tmp_path)
     gc.collect()
     assert [reference() for reference in held] == [None, None]
     assert caught.value.__cause__ is None
@@ -209,7 +243,7 @@ LARGE = {**VIDEO, "height": 1280, "width": 1280, "num_frames": 81}
 
 
 def test_request_too_large_for_any_placement_loads_nothing(tmp_path: Path) -> None:
-    models = ModelHandler(Settings(vram_gib=44.5), Stage(picture_of))
+    models = models_of(Stage(picture_of), 44.5)
     with pytest.raises(RequestTooLarge, match="what fits: 1280x1280 with 113 frames"):
         run(models, {**LARGE, "num_frames": 161}, tmp_path)
     assert models.loads == 0
@@ -217,7 +251,7 @@ def test_request_too_large_for_any_placement_loads_nothing(tmp_path: Path) -> No
 
 def test_request_without_room_in_the_loaded_placement_loads_it_again_and_keeps_that(tmp_path: Path) -> None:
     stage = Stage(picture_of)
-    models = ModelHandler(Settings(vram_gib=44.5), stage)
+    models = models_of(stage, 44.5)
     kinds = []
     for payload in (VIDEO, LARGE, LARGE, VIDEO):
         run(models, payload, tmp_path)
@@ -228,7 +262,7 @@ def test_request_without_room_in_the_loaded_placement_loads_it_again_and_keeps_t
 
 
 def test_request_with_room_in_the_loaded_placement_loads_nothing(tmp_path: Path) -> None:
-    models = ModelHandler(Settings(vram_gib=44.5), Stage(picture_of))
+    models = models_of(Stage(picture_of), 44.5)
     run(models, VIDEO, tmp_path)
     run(models, {**VIDEO, "height": 480, "width": 832, "num_frames": 161}, tmp_path)
     assert models.loads == 1
@@ -241,14 +275,14 @@ def test_backend_is_told_the_largest_clip_that_it_must_have_room_for(tmp_path: P
         shapes.append(card.shape)
         return Rehearsal(profile, picture_of)
 
-    models = ModelHandler(Settings(vram_gib=44.5), load)
+    models = models_of(load, 44.5)
     run(models, VIDEO, tmp_path)
     run(models, LARGE, tmp_path)
     assert shapes == [VideoShape(81, 480, 832), VideoShape(81, 1280, 1280)]
 
 
 def test_card_without_room_for_the_usual_size_still_runs_a_smaller_one(tmp_path: Path) -> None:
-    models = ModelHandler(Settings(vram_gib=12.0), Stage(picture_of))
+    models = models_of(Stage(picture_of), 12.0)
     with pytest.raises(RequestTooLarge):
         run(models, IMAGE | {"height": 1024, "width": 1024}, tmp_path)
     assert run(models, IMAGE, tmp_path).files
@@ -256,7 +290,7 @@ def test_card_without_room_for_the_usual_size_still_runs_a_smaller_one(tmp_path:
 
 def test_large_request_pushes_a_neighbour_out_that_a_small_one_leaves(tmp_path: Path) -> None:
     stage = Stage(picture_of)
-    models = ModelHandler(Settings(vram_gib=80.0), stage)
+    models = models_of(stage, 80.0)
     run(models, IMAGE, tmp_path)
     run(models, VIDEO, tmp_path)
     assert stage.alive == [True, True]
@@ -279,7 +313,7 @@ def test_poisoned_context_is_a_gpu_fault_that_replaces_the_worker(words: str, tm
         raise RuntimeError(words)
 
     with pytest.raises(GpuFault) as caught:
-        run(ModelHandler(Settings(), Stage(fault)), IMAGE, tmp_path)
+        run(models_of(Stage(fault)), IMAGE, tmp_path)
     assert caught.value.refresh_worker
     assert words not in caught.value.sentence
 
@@ -290,7 +324,7 @@ def test_other_runtime_errors_are_not_taken_for_the_cards(tmp_path: Path) -> Non
 
     assert card_error(RuntimeError("shape mismatch")) is None
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        run(ModelHandler(Settings(), Stage(bug)), IMAGE, tmp_path)
+        run(models_of(Stage(bug)), IMAGE, tmp_path)
 
 
 def test_two_jobs_are_never_at_the_card_together(tmp_path: Path) -> None:
@@ -305,7 +339,7 @@ def test_two_jobs_are_never_at_the_card_together(tmp_path: Path) -> None:
         inside -= 1
         return made
 
-    models = ModelHandler(Settings(), Stage(watched))
+    models = models_of(Stage(watched))
 
     def job() -> None:
         gate.wait()
@@ -324,7 +358,7 @@ def test_cancelled_job_frees_the_card_for_the_next(tmp_path: Path) -> None:
         progress.check()
         return picture_of(task, progress)
 
-    models = ModelHandler(Settings(), Stage(stops))
+    models = models_of(Stage(stops))
     cancelled = Progress()
     cancelled.cancelled.set()
     with pytest.raises(Cancelled):
@@ -333,9 +367,9 @@ def test_cancelled_job_frees_the_card_for_the_next(tmp_path: Path) -> None:
 
 
 def test_image_video_image_on_real_twins_gives_the_firsts_memory_back(twins: Path) -> None:
-    models = ModelHandler(Settings(weights_dir=twins, vram_gib=44.5))
+    models = ModelHandler(Settings(weights_dir=twins, vram_gib=44.5), free_host_bytes=lambda: 0)
     first = run(models, IMAGE, twins)
-    unet = weakref.ref(models._loaded["sdxl"][1]._parts["unet"])
+    unet = weakref.ref(models._loaded["sdxl"].backend._parts["unet"])
     run(models, VIDEO, twins)
     gc.collect()
     assert unet() is None

@@ -220,7 +220,9 @@ def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: R
     random = Random(0)
     job_ids = [running.new_id() for _ in range(100)]
     for job_id in job_ids:
-        slow = [Fault(random.choice((200, 503, 0)), random.uniform(0, 0.7)) for _ in range(2)]
+        slow = [
+            Fault(random.choice((200, 503, 0)), random.uniform(0, 0.7)) for _ in range(random.choice((0, 0, 0, 1, 2)))
+        ]
         running.server.progress_faults = deque(slow)
         running.server.queue(job_id, {"steps": 20, "step_s": 0.02})
         running.server.result(job_id)
@@ -232,7 +234,7 @@ def test_no_progress_of_100_jobs_with_20_steps_comes_after_its_result(running: R
     ]
     posted = sum(len(running.server.of("progress", job_id)) for job_id in job_ids)
     figure("late progress", f"{len(late)} of 2,000 updates ({posted:,} posted, the others superseded)")
-    assert posted > 50
+    assert posted > 150
     assert late == []
 
 

@@ -14,6 +14,8 @@ KEY = "worker/ab/image-0.png"
 GOOD = {"output": OUTPUT}
 FAILED = {"error": f"delivery_failed: out; the file is kept and will be stored as {KEY}",
           "output": {"code": "delivery_failed", "retryable": True}}  # fmt: skip
+ELSEWHERE = {"output": OUTPUT | {"image_url": "http://store/bucket/worker/ab/image-0-01234567.png"}}
+TWO = {KEY: BODY, "worker/ab/image-0-01234567.png": BODY}
 TERM = End(at=100.0, how="term", code=0, left=(), log="ended")
 KILL = End(at=3.5, how="kill", code=-9, left=("job-x",), log="")
 
@@ -48,6 +50,7 @@ def history(*events: str | dict[str, Any], **changes: Any) -> History:
         history("hand_out", "progress", stopped=frozenset({"job0"})),
         history("hand_out", FAILED, objects={"worker/ab/image-0-01234567.png": BODY}),
         history("hand_out", GOOD, outbox=(".in-killed",)),
+        history("hand_out", GOOD, "hand_out", ELSEWHERE, objects=TWO, guests=frozenset({"job0"})),
         history("hand_out", GOOD, ends=(End(0.5, "unfit", 1, (), "the store did not answer"), TERM)),
     ],
 )
@@ -55,8 +58,6 @@ def test_violations_are_none_in(good: History) -> None:
     assert violations(good) == []
 
 
-ELSEWHERE = {"output": OUTPUT | {"image_url": "http://store/bucket/worker/ab/image-0-01234567.png"}}
-TWO = {KEY: BODY, "worker/ab/image-0-01234567.png": BODY}
 INTERNAL = {"error": "internal: x", "output": {"code": "internal"}}
 LEAKED = {"error": f"internal: no such prompt: {CANARY}", "output": {"code": "delivery_failed"}}
 

@@ -137,6 +137,7 @@ class World:
             ends=tuple(self.ends),
             objects=objects,
             outbox=tuple(place.name for place in outbox.iterdir()) if outbox.exists() else (),
+            guests=frozenset(job_id for job_id, (_, top_level) in self.asked.items() if "s3Config" in top_level),
         )
 
     def close(self) -> None:

@@ -92,10 +92,10 @@ def test_picture_encoder_comes_before_the_transformer(twins: Path, disk: Disk, p
     made = place(of.profile, of, CPU, {"single": "transformer"})
     with made.experts.use("single") as model:
         made.experts._coming["single"].wait_whole()
-    made.unload()
     read = [path.parent.name for path in dict.fromkeys(path for path, _, _ in disk.reads)]
     assert read == ["wan_vae", "umt5_xxl", "image_encoder", "transformer"]
     assert_equal(model, by_library(of.profile, "transformer", twins))
+    made.unload()
 
 
 def test_all_is_what_the_library_loads(placed: Callable[..., Placed], twins: Path) -> None:
