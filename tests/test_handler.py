@@ -5,7 +5,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engine.progress import Progress, Update
 from engine.settings import Settings
 from handler import Worker, run
 from model_handler import ModelHandler
-from schemas.errors import Cancelled, InvalidInput, InvalidMedia, WeightsMissing
+from schemas.errors import Cancelled, DeliveryFailed, InvalidInput, InvalidMedia, WeightsMissing
 from tests.conftest import ROOT, data_uri, decode_video, photo
 
 IMAGE = {
@@ -153,13 +154,47 @@ def test_missing_weights_name_the_places_searched(tmp_path: Path) -> None:
         answer(Worker(settings, ModelHandler(settings)), IMAGE)
 
 
-def test_cancelled_job_leaves_no_file(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def finish(worker: Worker) -> None:
+    answer(worker, VIDEO)
+
+
+def cancel(worker: Worker) -> None:
     progress = Progress(lambda update: progress.cancelled.set() if update.stage == "decode" else None)
     with pytest.raises(Cancelled):
         answer(worker, VIDEO, progress)
-    assert not list(tmp_path.glob("job-*"))
     assert not list(worker.settings.output_dir.rglob("*.mp4"))
+
+
+def fail_to_deliver(worker: Worker) -> None:
+    worker.settings.output_dir.write_text("a file where the folder should be")
+    with pytest.raises(DeliveryFailed):
+        answer(worker, VIDEO)
+
+
+ENDINGS = [finish, cancel, fail_to_deliver]
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_job_leaves_no_work_folder_however_it_ends(
+    end: Callable[[Worker], None], worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    end(worker)
+    assert not list(tmp_path.glob("job-*"))
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_job_would_leave_its_work_folder_without_the_removal(
+    end: Callable[[Worker], None], worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def kept(prefix: str) -> Iterator[str]:
+        yield tempfile.mkdtemp(prefix=prefix)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", kept)
+    end(worker)
+    assert len(list(tmp_path.glob("job-*"))) == 1
 
 
 def test_progress_covers_the_whole_job(worker: Worker) -> None:

@@ -2,7 +2,7 @@
 
 FAKE_CHECK=fail makes its fitness check fail. FAKE_HASTE=1 shortens the SDK's sleep of 1 s between two jobs.
 FAKE_WITHOUT names a guard to run without, which shows that its test would notice: drain, latch, heartbeat,
-quiet, wait, watch or patience.
+quiet, wait, watch, patience or texts.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from apps import runpod_loop
+from apps.runpod_answers import seal
 from apps.runpod_jobs import Jobs
 from apps.runpod_watch import Limits, Pulse
 from apps.runpod_worker import serve
@@ -80,6 +81,15 @@ def without_watch() -> None:
         return None
 
     Pulse.overdue = see_nothing
+
+
+def without_texts() -> None:
+    """Let what a job raises out of the thread, to the SDK and its answer to exceptions."""
+
+    def work(self, job, progress):
+        return seal(self._run(job, progress), self._settings.response_limit_bytes)
+
+    Jobs._work = work
 
 
 def without_patience() -> None:

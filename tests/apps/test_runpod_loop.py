@@ -31,6 +31,16 @@ def test_a_job_that_breaks_is_answered_internal_without_its_reason(running: Runn
     assert "canary" not in json.dumps(result)
 
 
+def test_a_job_that_breaks_would_tell_its_prompt_and_our_paths_without_the_fixed_texts(tmp_path: Path) -> None:
+    environment = {"FAKE_WITHOUT": "texts"}
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], tmp_path, environment):
+        server.queue("job0", {"then": "raise", "prompt": "a canary in a prompt"})
+        error = server.result("job0")["error"]
+    assert "a canary in a prompt" in error
+    assert "Traceback" in error
+    assert "fake_job.py" in error
+
+
 @pytest.mark.parametrize("then", ["none", "empty"])
 def test_a_job_without_a_result_fails(running: Running, then: str) -> None:
     assert running.answer(then=then)["error"] == "internal: the worker made no result"
@@ -46,6 +56,16 @@ def test_a_response_over_the_limit_names_the_way_out(running: Running) -> None:
     result = running.answer(then="big", size=9_500_000)
     assert result["output"]["code"] == "output_too_large"
     assert "BUCKET_ENDPOINT_URL" in result["error"]
+
+
+def test_a_response_over_it_would_never_reach_the_caller_without_the_limit(tmp_path: Path) -> None:
+    environment = {"WORKER_RESPONSE_LIMIT_BYTES": "1000000000"}
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], tmp_path, environment):
+        server.queue("job0", {"then": "big", "size": 10_000_000})
+        server.wait_for("refused", "job0")
+        server.queue("job1", {})
+        assert "error" not in server.result("job1")
+        assert server.of("result", "job0") == []
 
 
 def test_a_response_just_below_the_limit_arrives(running: Running) -> None:

@@ -218,7 +218,8 @@ def test_decoder_computes_as_many_latent_frames_at_a_time_as_its_memory_holds(fu
 
 
 def test_placed_decoder_is_bf16_beside_the_vae(narrow):
-    decoder, notes = _bf16_decoder(narrow, Card("cpu", 0))
+    make, notes = _bf16_decoder(narrow, Card("cpu", 0))
+    decoder = make()
     assert isinstance(decoder, FastDecoder)
     assert decoder.dtype == torch.bfloat16
     assert notes == ()
@@ -226,8 +227,8 @@ def test_placed_decoder_is_bf16_beside_the_vae(narrow):
 
 def test_placed_decoder_takes_no_kernels_where_compiling_is_off(narrow, monkeypatch):
     monkeypatch.setattr(placing, "choose", lambda *_: pytest.fail("kernels were asked for"))
-    decoder, _ = _bf16_decoder(narrow, Card("cpu", 0, levers=Levers(compile=False)))
-    assert decoder.passes is TORCH
+    make, _ = _bf16_decoder(narrow, Card("cpu", 0, levers=Levers(compile=False)))
+    assert make().passes is TORCH
 
 
 def test_channels_counts_what_the_passes_run_on(full):

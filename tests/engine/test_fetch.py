@@ -4,11 +4,12 @@ stands between a URL and a listener; every guard is also shown to matter by a ru
 import gzip
 import socket
 import ssl
+import sys
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import build_opener
 
 import pytest
 
@@ -247,16 +248,34 @@ def test_another_client_would_use_the_proxy_of_the_environment(monkeypatch):
         monkeypatch.setenv("http_proxy", proxy.url())
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
-        assert urlopen(peer.url(), timeout=5).read() == b"proxied"
+        # An opener of its own: urlopen keeps the first one, proxy and all, for whoever comes after.
+        assert build_opener().open(peer.url(), timeout=5).read() == b"proxied"
 
 
-def test_fetch_says_the_same_of_closed_blocked_and_unknown_hosts(public_loopback):
+def told_of_closed_blocked_and_unknown_hosts() -> list[str]:
+    """The sentences for a closed port, a forbidden listener, a name that nobody has, and a private address."""
     with socket.create_server((GOOD, 0)) as server:
         closed = server.getsockname()[1]
     with Peer(serve(), host=FORBIDDEN) as blocked:
         urls = [f"http://{GOOD}:{closed}/", blocked.url(), "http://unknown.example/", "http://10.0.0.1/"]
-        assert try_all(urls) == [UNREACHABLE] * 4
+        sentences = try_all(urls)
     assert blocked.hits == 0
+    return sentences
+
+
+def test_fetch_says_the_same_of_closed_blocked_and_unknown_hosts(public_loopback):
+    assert told_of_closed_blocked_and_unknown_hosts() == [UNREACHABLE] * 4
+
+
+def test_fetch_would_tell_closed_blocked_and_unknown_hosts_apart_without_the_one_sentence(public_loopback, monkeypatch):
+    def with_its_reason(sentence):
+        reason = sys.exc_info()[1]
+        return FetchFailed(sentence if reason is None else f"{sentence} ({reason!r})")
+
+    monkeypatch.setattr(fetch, "FetchFailed", with_its_reason)
+    closed, blocked, unknown, private = told_of_closed_blocked_and_unknown_hosts()
+    assert len({closed, blocked, unknown}) == 3
+    assert private == blocked
 
 
 def certificates(folder: Path, host: str) -> tuple[Path, ssl.SSLContext]:

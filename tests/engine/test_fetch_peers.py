@@ -253,6 +253,22 @@ def test_fetch_refuses_a_compressed_answer_unread(header):
         fetch.fetch(peer.url(), allow=peer.allow)
 
 
+@pytest.mark.parametrize("header", ["Content-Encoding: gzip", "Transfer-Encoding: gzip, chunked"])
+def test_fetch_would_hand_on_a_bomb_below_the_cap_without_that_refusal(header, monkeypatch):
+    ask = fetch._ask
+
+    def ask_and_overlook_the_coding(target, wire):
+        response = ask(target, wire)
+        del response.headers[header.split(":")[0]]
+        return response
+
+    monkeypatch.setattr(fetch, "_ask", ask_and_overlook_the_coding)
+    bomb = serve(gzip.compress(bytes(2**20)), headers=header + "\r\n")
+    with Peer(bomb) as peer:
+        body = fetch.fetch(peer.url(), max_bytes=2000, allow=peer.allow)
+    assert len(gzip.decompress(body)) == 2**20
+
+
 @pytest.mark.parametrize("status", ["204 No Content", "206 Partial", "304 Same", "403 No", "404 No", "500 Oops"])
 def test_fetch_names_a_status_that_is_not_200(status):
     with Peer(serve(b"", status)) as peer, pytest.raises(FetchFailed) as caught:

@@ -15,7 +15,7 @@ from engine import decode_child, pictures, sandbox
 from engine.pictures import decode_picture, encode_picture, fit_picture, has_too_many_scans, load_picture, write_picture
 from schemas.errors import BadOutput, EncodingFailed, FetchFailed, InvalidMedia
 from tests.figures import Figure, Worst
-from tests.zoo import QUARTERS, photo, png, save, scan_bomb, zoo
+from tests.zoo import QUARTERS, TOO_LARGE, TOO_SMALL, photo, png, save, scan_bomb, zoo
 
 pytest_plugins = ["tests.figures"]
 
@@ -39,6 +39,25 @@ def test_decode_picture_judges(specimen):
     started = time.monotonic()
     assert verdict(specimen.data) == specimen.verdict
     assert time.monotonic() - started < 5.5
+
+
+def test_decode_picture_would_make_100_megabytes_of_5_kilobytes_without_the_pixel_limit(monkeypatch):
+    bomb = png(4096, 8192, depth=1, colour=0)
+    assert len(bomb) < 5000
+    assert verdict(bomb) == TOO_LARGE
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 2**40)
+    monkeypatch.setattr(pictures, "_LIMITS", sandbox.Limits(result_bytes=2**27))  # else the kernel ends it there
+    assert len(decode_picture(bomb).tobytes()) == 100_663_296
+
+
+@pytest.mark.parametrize(
+    ("limit", "without", "width", "height"), [("MAX_SIDE", 2**30, 1_000_000, 16), ("MIN_SIDE", 1, 1, 8192)]
+)
+def test_decode_picture_would_take_any_shape_without_the_limits_of_a_side(limit, without, width, height, monkeypatch):
+    sliver = png(width, height, depth=1, colour=0)
+    assert verdict(sliver) in (TOO_LARGE, TOO_SMALL)
+    monkeypatch.setattr(pictures, limit, without)
+    assert decode_picture(sliver).size == (width, height)
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])

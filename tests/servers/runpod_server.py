@@ -40,11 +40,15 @@ class Fault:
 
 @dataclass
 class RunPodServer:
-    """`result_faults` and `progress_faults` are used up one a post, in order; then posts are taken."""
+    """`result_faults` and `progress_faults` are used up one a post, in order; then posts are taken.
+
+    A result over `max_result_bytes` never is; 10 MB is what RunPod takes of a job that came by /run.
+    """
 
     result_faults: deque[Fault] = field(default_factory=deque)
     progress_faults: deque[Fault] = field(default_factory=deque)
     hand_out_delay_s: float = 0.0
+    max_result_bytes: int = 10_000_000
     events: list[Event] = field(default_factory=list)
     _jobs: deque[dict[str, Any]] = field(default_factory=deque)
     _stops: deque[str] = field(default_factory=deque)
@@ -172,6 +176,8 @@ def _handler(server: RunPodServer) -> type[BaseHTTPRequestHandler]:
             kind = "progress" if parsed.get("status") == "IN_PROGRESS" else "result"
             faults = server.progress_faults if kind == "progress" else server.result_faults
             fault = faults.popleft() if faults else None
+            if len(body) > server.max_result_bytes:
+                fault = Fault(400)
             with _ignoring_a_closed_connection():
                 if fault is None:
                     server.record(kind, job_id, parsed)
