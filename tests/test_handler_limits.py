@@ -127,7 +127,9 @@ def test_full_disk_is_told_before_the_card_works(worker: Worker, monkeypatch: py
     assert worker.models.loads == 0
 
 
-@pytest.mark.parametrize("payload", [VIDEO, SVI], ids=["video", "svi_endframe"])
+@pytest.mark.parametrize(
+    "payload", [pytest.param(VIDEO, id="video", marks=pytest.mark.soak), pytest.param(SVI, id="svi_endframe")]
+)
 def test_card_that_runs_out_while_decoding_is_saved_by_tiles(
     settings: Settings, rendered: list[np.ndarray], payload: dict[str, Any]
 ) -> None:

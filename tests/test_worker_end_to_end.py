@@ -118,7 +118,12 @@ def test_local_api_answers_every_bad_input_with_json(api: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [[], ["test_input.json"], ['{"input": {"prompt": "a fox", "height": 64, "width": 64}}']]
+    "given",
+    [
+        pytest.param([], marks=pytest.mark.soak),
+        pytest.param(["test_input.json"], marks=pytest.mark.soak),
+        ['{"input": {"prompt": "a fox", "height": 64, "width": 64}}'],
+    ],
 )
 def test_test_input_runs_from_any_directory(twins: Path, tmp_path: Path, given: list[str]) -> None:
     arguments = [str(ROOT / name) if name.endswith(".json") else name for name in given]

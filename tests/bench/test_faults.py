@@ -15,6 +15,7 @@ def test_payloads_are_legal_requests_of_each_mode(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.soak
 def test_sound_worker_in_a_process_of_its_own_answers_and_leaves_well(twins: Path, tmp_path: Path) -> None:
     environment = {"WORKER_WEIGHTS_DIR": str(twins), "WORKER_OUTPUT_DIR": str(tmp_path)}
     answer, code, taken = faults.through_command_line("none", environment, faults.payloads(tmp_path)["image"])

@@ -18,6 +18,7 @@ def make_cell(twins, what: str = "ours", **changes) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.soak
 def test_arm_answers_job_by_job_keeps_its_models_and_says_when_it_fails(twins, capfd):
     arm = Arm(make_cell(twins))
     first, second = (arm.ask("job", layout="flf", steps=3) for _ in range(2))
