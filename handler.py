@@ -59,7 +59,7 @@ def run(
         media = inputs.load(request, worker.settings)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
     with progress.stage("load"), progress.timed("load_import"):
-        parts = baked.parts()
+        parts = baked.parts()  # in a new process the files are read ahead while libraries are imported
         import_backend(baked.profile)
     with tempfile.TemporaryDirectory(prefix="job-") as folder:
         made = worker.models.generate(task, parts, Path(folder), progress)

@@ -1,9 +1,9 @@
 """What makes a loaded transformer fast, in the order in which it has to be done.
 
-    load -> narrow (8 bits, if wanted) -> place (card, or host and card) -> accelerate (attention, compile)
+    load -> narrow (8 bits, if wanted) -> place (card, or host and card) -> accelerate (attention, rounding, compile)
 
-Narrowing comes before placing, because placing packs the tensors that are there. The attention kernel comes
-before compiling, because it is part of the graph.
+Narrowing comes before placing, because placing packs the tensors that are there. The attention kernel and the one-pass
+rounding come before compiling, because they are part of the graph.
 """
 
 from collections import Counter
