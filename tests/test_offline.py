@@ -30,7 +30,7 @@ def attempts(
     folder: Path, command: list[str], variables: dict[str, str]
 ) -> tuple[int, subprocess.CompletedProcess[str]]:
     """Run `command` without a network. Returns how many connections and datagrams it and its children tried."""
-    probe = subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, text=True)
+    probe = subprocess.run(["env", "unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"this machine gives no network of one's own: {probe.stderr.strip()}")
     counted = folder / "counted"

@@ -45,7 +45,9 @@ exec setpriv --reuid {UID} --regid {UID} --clear-groups --no-new-privs --boundin
 
 def confined(*command: str) -> list[str]:
     """The words that run Python with `command` in such a place."""
-    probe = subprocess.run(["unshare", "--mount", "setpriv", f"--reuid={UID}", "true"], capture_output=True, text=True)
+    probe = subprocess.run(
+        ["env", "unshare", "--mount", "setpriv", f"--reuid={UID}", "true"], capture_output=True, text=True
+    )
     if probe.returncode:
         pytest.skip(f"this machine gives no file system view of one's own: {probe.stderr.strip()}")
     interpreter = Path(sys.base_prefix).resolve()
