@@ -92,6 +92,7 @@ class Jobs:
                 reporter.offer(update)
 
         progress = Progress(send, cancelled=cancelled, deadline_s=deadline_s(job, self._settings))
+        self._dump_if_frozen()  # first: the job's thread may run, and freeze, before this one runs again
         work = asyncio.get_running_loop().run_in_executor(self._card, self._work, job, progress)
         try:
             answer = await self._wait(work, pulse, cancelled)
@@ -105,12 +106,11 @@ class Jobs:
         """Wait until the thread is really out. A thread that hangs is left behind, and soon the process."""
         answer = None
         while answer is None:
-            # Native code may hold the interpreter's lock, and with it this loop; this timer needs neither.
-            faulthandler.dump_traceback_later(self._limits.frozen_s, exit=True, file=STDERR)
             try:
                 await asyncio.wait({work}, timeout=TICK_S)
             except asyncio.CancelledError:
                 cancelled.set()  # the job raises at its next step
+            self._dump_if_frozen()
             if work.done():
                 answer = work.result()
             elif hang := pulse.overdue():
@@ -121,6 +121,13 @@ class Jobs:
         if cancelled.is_set():
             raise asyncio.CancelledError
         return answer
+
+    def _dump_if_frozen(self) -> None:
+        """Give this loop `frozen_s` to come here again, else every thread's stack is written and the process ends.
+
+        Native code may hold the interpreter's lock, and with it this loop; the timer needs neither.
+        """
+        faulthandler.dump_traceback_later(self._limits.frozen_s, exit=True, file=STDERR)
 
     def _work(self, job: dict[str, Any], progress: Progress) -> Answer:
         """Turn whatever the job does into an answer. Runs in the card's thread; nothing escapes from here."""

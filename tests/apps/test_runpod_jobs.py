@@ -1,8 +1,11 @@
 """RunPod's handler on its own: one job at a time, out of the thread before anything else happens."""
 
 import asyncio
+import faulthandler
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,30 @@ def test_a_cancelled_job_runs_when_it_comes_again() -> None:
     card = Card()
     jobs = Jobs(card, SETTINGS)
     assert asyncio.run(cancel_then_ask()) == {"done": "job0"}
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Runs a job before `submit` returns: the job's thread is always as fast as it can at times be."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(function, *args, **kwargs)
+        future.exception(timeout=5.0)
+        return future
+
+
+def test_the_timer_for_a_frozen_interpreter_runs_before_the_job_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started after it, a job that froze in its first moments kept the worker for ever."""
+
+    def run(_job: dict[str, Any], _progress: Progress) -> dict[str, Any]:
+        return {"seen": list(timer)}
+
+    timer: list[str] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: timer.append("runs"))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timer.append("cancelled"))
+    jobs = Jobs(run, SETTINGS)
+    jobs._card = AtOnce(1)
+    assert asyncio.run(jobs.answer(job())) == {"seen": ["runs"]}
+    assert timer[-1] == "cancelled"
 
 
 def lose(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
