@@ -8,19 +8,17 @@ python handler.py --warm-up               compile for the usual sizes into WORKE
 """
 
 import sys
-import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from engine import fitness, inputs, profiles, weights
 from engine.backends import Task, import_backend
+from engine.disk import work_folder
 from engine.progress import Progress
 from engine.settings import Settings
-from engine.storage import open_store, sweep
+from engine.storage import open_store, sweep_outbox
 from model_handler import ModelHandler
 from schemas.errors import SettingsError
 from schemas.input_schema import parse_request
@@ -55,14 +53,14 @@ def run(
         return answered  # the platform delivered the job twice
     baked = weights.locate(profiles.resolve(request), worker.settings)
     worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
+    parts = baked.parts()  # in a new process the files are read ahead from here on
     with progress.stage("fetch"):
-        media = inputs.load(request, worker.settings)
+        media = inputs.load(request, worker.settings, progress.check)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
     with progress.stage("load"), progress.timed("load_import"):
-        parts = baked.parts()  # in a new process the files are read ahead while libraries are imported
         import_backend(baked.profile)
-    with tempfile.TemporaryDirectory(prefix="job-") as folder:
-        made = worker.models.generate(task, parts, Path(folder), progress)
+    with work_folder() as folder:
+        made = worker.models.generate(task, parts, folder, progress)
         with progress.stage("upload"):
             delivered = [store.deliver(file, job_id, file.path.name) for file in made.files]
     response = success(task, made, delivered, media.hashes, progress.timings_s)
@@ -82,13 +80,13 @@ def main() -> int:
     worker = Worker(settings, ModelHandler(settings))
     if (command := COMMANDS.get(" ".join(sys.argv[1:]))) is not None:
         return command(settings, worker.models)
-    threading.Thread(target=sweep, args=[settings], name="outbox", daemon=True).start()
 
     def run_job(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
 
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
-    return runpod_worker.serve(run_job, settings, sys.argv[1:], checks)
+    beside = [partial(sweep_outbox, settings)]
+    return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside)
 
 
 if __name__ == "__main__":

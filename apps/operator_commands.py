@@ -5,14 +5,13 @@ import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from engine import weights
 from engine.card import Card, Levers
+from engine.fitness import baked
 from engine.plan_report import NothingFits, report
-from engine.profiles import BAKES, PROFILES, Profile
 from engine.residency import is_transformer
 from engine.settings import Settings
 from model_handler import ModelHandler, capability, device
-from schemas.errors import CardUnfit, WeightsMissing, WorkerError
+from schemas.errors import CardUnfit, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def check_plan(settings: Settings, models: ModelHandler) -> None:
     """Write the plan to the log, before the first job.
 
     Raises:
-        CardUnfit: a baked profile cannot run on this card.
+        CardUnfit: a baked profile cannot run on this card and host.
     """
     if capability() is None:  # no card, so nothing is placed
         return
@@ -39,7 +38,7 @@ def check_plan(settings: Settings, models: ModelHandler) -> None:
         log.info("%s", report(settings, models.limits, capability()))
     except NothingFits as error:
         log.error("%s", error)
-        raise CardUnfit("a baked profile does not fit this card; `handler.py --plan` shows which") from error
+        raise CardUnfit("a baked profile does not fit this card and host; `handler.py --plan` shows which") from error
 
 
 def compile_ahead(settings: Settings, models: ModelHandler) -> int:
@@ -47,15 +46,20 @@ def compile_ahead(settings: Settings, models: ModelHandler) -> int:
 
     Returns the exit code: 1 if there was nothing to compile, or something could not be.
     """
-    profiles = [profile for profile in _baked(settings) if any(is_transformer(c.name) for c in profile.components)]
-    if not profiles:
+    try:
+        profiles = [one.profile for one in baked(settings)]
+    except WorkerError as error:
+        sys.stdout.write(f"{error}\n")
+        return 1
+    videos = [profile for profile in profiles if any(is_transformer(c.name) for c in profile.components)]
+    if not videos:
         sys.stdout.write("no video profile is baked where this worker looks\n")
         return 1
     from engine.warm_up import usual_latents, warm_up
 
     levers = Levers(settings.attention, settings.compile, settings.cache_dir)
     card = Card(device(), models.limits.budget_bytes, settings.precision, levers)
-    for profile in profiles:
+    for profile in videos:
         try:
             account = warm_up(profile, card, usual_latents(profile))
         except WorkerError as error:
@@ -63,16 +67,6 @@ def compile_ahead(settings: Settings, models: ModelHandler) -> int:
             return 1
         sys.stdout.write(f"{profile.name}: compiled in {account.compile_s:.0f} s\n")
     return 0
-
-
-def _baked(settings: Settings) -> list[Profile]:
-    found = []
-    for name in BAKES:
-        try:
-            found.append(weights.locate(PROFILES[name], settings).profile)
-        except WeightsMissing:
-            continue
-    return found
 
 
 COMMANDS: Mapping[str, Callable[[Settings, ModelHandler], int]] = MappingProxyType(

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,30 +63,45 @@ def seal_error(error: BaseException) -> Answer:
 
 
 class FirstAnswers:
-    """The last final answers by job id and input: a job is delivered again if the platform is in doubt."""
+    """The last final answers by job id and input: a job is delivered again if the platform is in doubt.
 
-    def __init__(self, max_answers: int = 64, max_bytes: int = 32 * 2**20) -> None:
+    `max_age_s`: so long an answer is good for; the URLs in it expire.
+    """
+
+    def __init__(
+        self,
+        max_age_s: float,
+        max_answers: int = 64,
+        max_bytes: int = 32 * 2**20,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_age_s = max_age_s
         self._max_answers = max_answers
         self._max_bytes = max_bytes
+        self._now = now
         self._size_bytes = 0
-        self._answers: OrderedDict[tuple[str, str], Answer] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], tuple[float, Answer]] = OrderedDict()
 
     def recall(self, job: dict[str, Any]) -> Answer | None:
         key = _key(job)
-        return None if key is None else self._answers.get(key)
+        if key is None or key not in self._answers:
+            return None
+        since, answer = self._answers[key]
+        return answer if self._now() - since <= self._max_age_s else None
 
     def remember(self, job: dict[str, Any], answer: Answer) -> None:
         key = _key(job)
         if key is None or not answer.is_final or len(answer.body) > self._max_bytes:
             return
         self._forget(key)
-        self._answers[key] = answer
+        self._answers[key] = (self._now(), answer)
         self._size_bytes += len(answer.body)
         while self._size_bytes > self._max_bytes or len(self._answers) > self._max_answers:
             self._forget(next(iter(self._answers)))
 
     def _forget(self, key: tuple[str, str]) -> None:
-        if answer := self._answers.pop(key, None):
+        if key in self._answers:
+            _, answer = self._answers.pop(key)
             self._size_bytes -= len(answer.body)
 
 

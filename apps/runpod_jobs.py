@@ -3,7 +3,6 @@
 import asyncio
 import faulthandler
 import logging
-import os
 import threading
 import time
 import traceback
@@ -39,25 +38,18 @@ class Jobs:
     """Answers jobs, each with exactly one response, or with none if it was cancelled.
 
     `run` is called in the card's thread and may raise anything. `post` sends progress; None where nobody
-    listens. After a fault `is_faulty` stays set: whoever takes jobs must stop, and `leave` ends the process.
+    listens. After a fault `is_faulty` stays set: whoever takes jobs must stop, and the process ends soon.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        settings: Settings,
-        limits: Limits = PRODUCTION,
-        leave: Callable[[int], Any] = os._exit,
-    ) -> None:
+    def __init__(self, run: Run, settings: Settings, limits: Limits = PRODUCTION) -> None:
         self.post: Post | None = None
         self.is_faulty = False
         self._run = run
         self._settings = settings
         self._limits = limits
-        self._leave = leave
         self._turn = asyncio.Lock()
         self._card = ThreadPoolExecutor(max_workers=1, thread_name_prefix="card")
-        self._first_answers = FirstAnswers()
+        self._first_answers = FirstAnswers(max_age_s=settings.bucket_url_expiry_s / 2)  # its URLs live as long again
 
     async def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one RunPod job; errors are responses too.
@@ -92,15 +84,16 @@ class Jobs:
                 reporter.offer(update)
 
         progress = Progress(send, cancelled=cancelled, deadline_s=deadline_s(job, self._settings))
-        self._dump_if_frozen()  # first: the job's thread may run, and freeze, before this one runs again
-        work = asyncio.get_running_loop().run_in_executor(self._card, self._work, job, progress)
         try:
-            answer = await self._wait(work, pulse, cancelled)
+            # First, for the job's thread may run, and freeze, before this one runs again.
+            self._end_unless_back_in(self._limits.frozen_s)
+            work = asyncio.get_running_loop().run_in_executor(self._card, self._work, job, progress)
+            return await self._wait(work, pulse, cancelled)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            if not self.is_faulty:  # a thread that was left behind may still freeze the rest
+                faulthandler.cancel_dump_traceback_later()
             if reporter:
                 await reporter.close()
-        return answer
 
     async def _wait(self, work: asyncio.Future[Answer], pulse: Pulse, cancelled: threading.Event) -> Answer:
         """Wait until the thread is really out. A thread that hangs is left behind, and soon the process."""
@@ -110,7 +103,7 @@ class Jobs:
                 await asyncio.wait({work}, timeout=TICK_S)
             except asyncio.CancelledError:
                 cancelled.set()  # the job raises at its next step
-            self._dump_if_frozen()
+            self._end_unless_back_in(self._limits.frozen_s)
             if work.done():
                 answer = work.result()
             elif hang := pulse.overdue():
@@ -122,12 +115,12 @@ class Jobs:
             raise asyncio.CancelledError
         return answer
 
-    def _dump_if_frozen(self) -> None:
-        """Give this loop `frozen_s` to come here again, else every thread's stack is written and the process ends.
+    def _end_unless_back_in(self, seconds: float) -> None:
+        """Write every thread's stack and end the process with code 1, unless this is called or cancelled by then.
 
-        Native code may hold the interpreter's lock, and with it this loop; the timer needs neither.
+        Native code may hold the interpreter's lock, and with it every Python thread; this timer needs neither.
         """
-        faulthandler.dump_traceback_later(self._limits.frozen_s, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
     def _work(self, job: dict[str, Any], progress: Progress) -> Answer:
         """Turn whatever the job does into an answer. Runs in the card's thread; nothing escapes from here."""
@@ -147,9 +140,7 @@ class Jobs:
         """Take no further job, and be gone soon even if nothing else works any more."""
         log.error("the card is lost; this worker answers and leaves")
         self.is_faulty = True
-        deadline = threading.Timer(self._limits.exit_s, self._leave, (1,))
-        deadline.daemon = True
-        deadline.start()
+        self._end_unless_back_in(self._limits.exit_s)
 
 
 def deadline_s(job: dict[str, Any], settings: Settings) -> float | None:
@@ -158,7 +149,7 @@ def deadline_s(job: dict[str, Any], settings: Settings) -> float | None:
     timeout_ms = policy.get("executionTimeout") if isinstance(policy, dict) else None
     if not isinstance(timeout_ms, int) or timeout_ms <= 2000 * PLATFORM_MARGIN_S:
         return settings.deadline_s
-    platform_s = timeout_ms / 1000 - PLATFORM_MARGIN_S
+    platform_s = min(timeout_ms, 10**12) / 1000 - PLATFORM_MARGIN_S  # JSON's integers may be too large to divide
     return platform_s if settings.deadline_s is None else min(platform_s, settings.deadline_s)
 
 

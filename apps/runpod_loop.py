@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,9 @@ POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urle
 
 PR_SET_PDEATHSIG = 1
 """linux/prctl.h: the signal that a process gets when its parent dies."""
+
+HAND_OUT_LOOKS = 15
+"""How often a request for a job is looked at within Limits.hand_out_s."""
 
 
 def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) -> None:
@@ -118,7 +122,8 @@ class Drain:
         leaving = asyncio.create_task(self._leaving.wait())
         try:
             await asyncio.wait({request, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({request}, timeout=self._limits.hand_out_s)
+            for _ in range(HAND_OUT_LOOKS):  # a loop that stood still meanwhile has not read what came
+                await asyncio.wait({request}, timeout=self._limits.hand_out_s / HAND_OUT_LOOKS)
             return request.result() if request.done() else None
         finally:
             request.cancel()
@@ -128,7 +133,8 @@ class Drain:
         if self._loop is None:
             self._leave()
         else:  # a signal interrupts the loop anywhere, and does not wake it
-            self._loop.call_soon_threadsafe(self._leave)
+            with suppress(RuntimeError):  # the loop has ended, since this is not the first signal
+                self._loop.call_soon_threadsafe(self._leave)
 
     def _leave(self) -> None:
         log.info("told to leave: no further jobs; what was taken is answered")
@@ -166,7 +172,8 @@ async def post_result(limits: Limits, session: Any, url: str, body: str) -> None
         try:
             async with session.post(url, data=body, headers=POST_HEADERS, timeout=timeout) as response:
                 response.raise_for_status()
-                await response.read()
+                with suppress(ClientError, TimeoutError):  # it was taken, whatever becomes of what is said about it
+                    await response.read()
             return
         except TimeoutError as error:
             failure: ClientError = ClientConnectionError("the result was not taken in time")

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.progress import Update
 
@@ -41,35 +42,43 @@ PRODUCTION = Limits()
 UNWATCHED = frozenset({"fetch", "upload"})
 
 
+class _Beat(NamedTuple):
+    """The last one: when, in which stage, and the seconds of each of its steps so far."""
+
+    at: float
+    stage: str
+    steps_s: tuple[float, ...] = ()
+
+
 class Pulse:
-    """The time since a job's last step, and whether that is too long. The job's own thread calls `beat`."""
+    """The time since a job's last step, and whether that is too long.
+
+    The job's own thread calls `beat` and the loop `overdue`: what the one tells the other is replaced as a whole,
+    since a mixture of two beats would give up a job that does well.
+    """
 
     def __init__(self, limits: Limits, now: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._now = now
-        self._stage = "start"
-        self._steps_s: list[float] = []
-        self._last = now()
+        self._last = _Beat(now(), "start")
 
     def beat(self, update: Update) -> None:
         now = self._now()
-        if update.step == 0:
-            self._steps_s = []
-        else:
-            self._steps_s.append(now - self._last)
-        self._stage, self._last = update.stage, now
+        steps_s = (*self._last.steps_s, now - self._last.at) if update.step else ()
+        self._last = _Beat(now, update.stage, steps_s)
 
     def overdue(self) -> str | None:
         """Return what hangs, for the log, or None."""
-        waited_s = self._now() - self._last
-        if self._stage in UNWATCHED or waited_s <= self._limit_s():
+        last = self._last
+        waited_s = self._now() - last.at
+        if last.stage in UNWATCHED or waited_s <= self._limit_s(last.steps_s):
             return None
-        return f"no step for {waited_s:.1f} s in stage {self._stage} after {len(self._steps_s)} steps"
+        return f"no step for {waited_s:.1f} s in stage {last.stage} after {len(last.steps_s)} steps"
 
-    def _limit_s(self) -> float:
-        if not self._steps_s:
+    def _limit_s(self, steps_s: tuple[float, ...]) -> float:
+        if not steps_s:
             return self._limits.stage_s
-        return max(self._limits.step_s, self._limits.step_factor * statistics.median(self._steps_s))
+        return max(self._limits.step_s, self._limits.step_factor * statistics.median(steps_s))
 
 
 def stacks() -> str:

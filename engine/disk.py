@@ -1,6 +1,10 @@
-"""Room on the disk for what a job is about to make: looked at before the card works for it."""
+"""A job's place on the disk: a private folder, and whether there is room, before the card works for it."""
 
+import errno
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.demand import Demand
@@ -9,9 +13,25 @@ from schemas.errors import DiskFull
 VIDEO_BYTES_PER_PIXEL = 0.16  # 5 MB for 81 frames of 832x480 with grain, as engine.video encodes them
 PICTURE_BYTES_PER_PIXEL = 1.6  # a PNG of a photograph
 MARGIN = 3  # the file, its copy on the way out, and grain that packs worse
-RESERVE_BYTES = 256 * 2**20
+RESERVE_BYTES = 2**30  # for all else that writes there: logs, caches, another worker of the same machine
 
 MIB = 2**20
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """A private folder for a job's files, gone with the job however that ends.
+
+    Raises:
+        DiskFull: it could not be made, or what was to lie in it could not be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="job-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the worker's disk is full") from error
+        raise
 
 
 def check_room(folder: Path, wanted: Demand) -> None:
@@ -23,7 +43,7 @@ def check_room(folder: Path, wanted: Demand) -> None:
     needed_bytes, free_bytes = file_bytes(wanted) * MARGIN + RESERVE_BYTES, shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskFull(
-            f"the worker's disk has {free_bytes // MIB} MiB left, and this job needs {needed_bytes // MIB} MiB"
+            f"the worker's disk has {free_bytes // MIB} MiB left, and this job needs {-(-needed_bytes // MIB)} MiB"
         )
 
 

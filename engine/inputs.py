@@ -32,8 +32,10 @@ class Media:
     """sha256 of each file as it came, after base64; of a state's text."""
 
 
-def load(request: Request, settings: Settings) -> Media:
+def load(request: Request, settings: Settings, check: Callable[[], None]) -> Media:
     """Fetch and decode every picture and video of a request, within one budget of time and bytes for all of them.
+
+    `check` is called before each file is read and each field decoded, and raises when the job must stop.
 
     Raises:
         FetchFailed: a URL could not be read.
@@ -52,6 +54,7 @@ def load(request: Request, settings: Settings) -> Media:
         )
 
     def read(field: str, kind: str, text: str) -> bytes:
+        check()
         with _blaming(field):
             return read_media(text, kind, fetch=read_url, max_bytes=max_bytes)
 
@@ -64,9 +67,11 @@ def load(request: Request, settings: Settings) -> Media:
     pictures, videos = files("picture", "image"), files("video", "video")
     decoded: dict[str, Any] = {}
     for field, data in pictures.items():
+        check()
         with _blaming(field):
             decoded[field] = _each(data, decode_picture)
     for field, data in videos.items():
+        check()
         with _blaming(field):
             decoded[field] = decode_clip(data, _motion_frames(request)).frames
     hashes = {name: _each(data, _digest) for name, data in (pictures | videos).items()}

@@ -64,11 +64,13 @@ _RUN = re.compile(r"[A-Za-z0-9+/_-]{60,}={0,2}")
 def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
     """Return `text` without data URIs, base64 runs, URL queries and passwords, authorisation headers, keys.
 
-    `secrets`: literal strings that must not appear either. A long text loses its middle.
+    `secrets`: literal strings that must not appear either. A long text loses its middle, a very long line its end.
     """
     for secret in secrets:
         text = text.replace(secret, "***")
-    text = text[:_SEARCHED]
+    if len(text) > _SEARCHED:
+        # The rest of a cut line is left out: half a secret would not be known for one.
+        text = text[: _SEARCHED // 2] + "\n" + text[-_SEARCHED // 2 :].partition("\n")[2]
     for pattern, replacement in _REDACTIONS:
         text = pattern.sub(replacement, text)
     text = _RUN.sub(_elide_run, text)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Secret(str):
-    """A string that does not show itself in logs or tracebacks."""
+    """A string that no `repr` shows, so no dump of the settings; written out on purpose, it is itself."""
 
     def __repr__(self) -> str:
         return "Secret('***')"
@@ -100,7 +100,11 @@ class Settings:
         "Wall-clock budget of one URL: name, connect, headers and body together.",
     )
     fetch_max_mib: float = _setting(
-        "WORKER_FETCH_MAX_MIB", _positive_float, "a number of MiB", 20.0, "Largest picture read from a URL or base64."
+        "WORKER_FETCH_MAX_MIB",
+        _positive_float,
+        "a number of MiB",
+        20.0,
+        "Largest picture or video read from a URL or base64.",
     )
     fetch_allow: tuple[str, ...] = _setting(
         "WORKER_FETCH_ALLOW",
@@ -219,7 +223,7 @@ class Settings:
 def _cast(variable: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["cast"](text)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, RuntimeError):  # the last: `~nobody`, or a link that leads to itself
         raise SettingsError(f"{variable} is {text!r}, not {metadata['expects']}") from None
 
 

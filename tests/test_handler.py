@@ -1,5 +1,6 @@
 """The story of a request, end to end on the tiny twins: the response, the file, the errors, and what is left behind."""
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 
+import model_handler
 from engine import video
 from engine.outputs import Frames, MediaFile
 from engine.progress import Progress, Update
 from engine.settings import Settings
 from handler import Worker, run
 from model_handler import ModelHandler
-from schemas.errors import Cancelled, DeliveryFailed, InvalidInput, InvalidMedia, WeightsMissing
+from schemas.errors import Cancelled, DeliveryFailed, DiskFull, InvalidInput, InvalidMedia, WeightsMissing
 from tests.conftest import ROOT, data_uri, decode_video, photo
 
 IMAGE = {
@@ -195,6 +197,21 @@ def test_job_would_leave_its_work_folder_without_the_removal(
     monkeypatch.setattr(tempfile, "TemporaryDirectory", kept)
     end(worker)
     assert len(list(tmp_path.glob("job-*"))) == 1
+
+
+@pytest.mark.parametrize("place", ["the folder", "a file"])
+def test_full_disk_is_told_as_such_wherever_it_shows(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/job-x")
+
+    if place == "the folder":
+        monkeypatch.setattr(tempfile, "mkdtemp", full)
+    else:
+        monkeypatch.setattr(model_handler, "write_picture", full)
+    with pytest.raises(DiskFull, match=r"^the worker's disk is full$"):
+        answer(worker, IMAGE)
 
 
 def test_progress_covers_the_whole_job(worker: Worker) -> None:

@@ -28,7 +28,7 @@ CONFINED = f"""
 set -eu
 room=$1 interpreter=$2 closed=$3; shift 3
 mount --make-rprivate /
-mount -t tmpfs -o size=512m,mode=755 tmpfs "$room"
+mount -t tmpfs -o size=1536m,mode=755 tmpfs "$room"
 if [ -n "$closed" ]; then
   mkdir "$room/interpreter"; mount --bind "$interpreter" "$room/interpreter"
   mount -t tmpfs -o mode=755 tmpfs "$closed"

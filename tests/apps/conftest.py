@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers.runpod_server import RunPodServer
+from tests.servers.runpod_server import PATIENCE_S, RunPodServer
 from tests.servers.worker_process import ROOT, WorkerProcess, start_worker
 
 FAKE_WORKER = ROOT / "tests" / "apps" / "fake_worker.py"
@@ -31,10 +32,16 @@ class Running:
         self.server.queue(job_id, asked)
         return self.server.result(job_id)
 
+    def wait_for_start(self, job_id: str) -> None:
+        ends = time.monotonic() + PATIENCE_S
+        while not self.jobs_path.exists() or not self.ran(job_id):
+            assert time.monotonic() < ends, f"{job_id} was never begun"
+            time.sleep(0.02)
+
     def ran(self, job_id: str) -> list[tuple[str, float]]:
         """What the job itself wrote down: ("start" | "end", time), as often as it ran."""
         lines = [line.split() for line in self.jobs_path.read_text().splitlines()]
-        return [(what, float(at)) for at, what, name in lines if name == job_id]
+        return [(what, float(at)) for at, what, name in lines if name == job_id and what != "finish"]
 
 
 @pytest.fixture(autouse=True)

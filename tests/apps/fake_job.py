@@ -1,7 +1,7 @@
 """A job without a model: the loop around it is what the tests are about.
 
-The job's input says what happens: `steps` of `step_s` each, then `then`. Each start and end is written to the
-file FAKE_JOB_LOG, so that a test can see what really ran, and when.
+The job's input says what happens: `steps` of `step_s` each, then `then`. Each start, finish of the steps and end is
+written to the file FAKE_JOB_LOG, so that a test can see what really ran, and when.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ def run(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
             for _ in range(asked.get("steps", 1)):
                 time.sleep(asked.get("step_s", 0.0))
                 step()
+        _note("finish", job["id"])
         return finish(asked.get("then", "answer"), asked)
     finally:
         _note("end", job["id"])

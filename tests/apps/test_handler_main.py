@@ -1,12 +1,16 @@
 """handler.main() in this process: the settings, the door, and the exit code."""
 
 import json
+import logging
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import handler
+from engine import storage
+from engine.settings import Secret, Settings
 
 
 def test_main_runs_a_job_from_the_command_line(
@@ -14,7 +18,8 @@ def test_main_runs_a_job_from_the_command_line(
 ) -> None:
     monkeypatch.setenv("WORKER_WEIGHTS_DIR", str(twins))
     monkeypatch.setenv("WORKER_OUTPUT_DIR", str(tmp_path))
-    job = {"input": {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 2}}
+    steps = {"num_inference_steps": 2, "refiner_inference_steps": 4}
+    job = {"input": {"prompt": "a fox", "height": 64, "width": 64, **steps}}
     monkeypatch.setattr(sys, "argv", ["handler.py", "--test_input", json.dumps(job)])
     assert handler.main() == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["profile"] == "tiny/sdxl"
@@ -27,3 +32,33 @@ def test_main_refuses_to_start_with_a_wrong_setting(
     monkeypatch.setattr(sys, "argv", ["handler.py"])
     assert handler.main() == 1
     assert capsys.readouterr().err == "settings_error: WORKER_VRAM_GIB is 'lots', not a number of GiB\n"
+
+
+def test_main_sets_the_log_up_before_the_outbox_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sweep logs names keys, and must be redacted like everything else."""
+
+    def look(_settings: Settings) -> int:
+        seen.append(logging.raiseExceptions)  # `engine.log.configure` ends this
+        return 0
+
+    seen: list[bool] = []
+    monkeypatch.setattr(storage, "sweep", look)
+    monkeypatch.setattr(sys, "argv", ["handler.py", "--test_input", "[]"])
+    assert handler.main() == 1
+    for thread in threading.enumerate():
+        if thread.name == "beside":
+            thread.join()
+    assert seen == [False]
+
+
+def test_an_outbox_that_cannot_be_swept_is_logged_and_harms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(
+        outbox_dir=tmp_path / "outbox",
+        bucket_endpoint_url="no address at all",
+        bucket_access_key_id=Secret("key"),
+        bucket_secret_access_key=Secret("secret"),
+    )
+    storage.sweep_outbox(settings)
+    assert "the outbox was not swept: BUCKET_ENDPOINT_URL" in caplog.text

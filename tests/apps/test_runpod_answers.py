@@ -87,7 +87,7 @@ def sealed(text: str, is_final: bool = True) -> Answer:
 
 
 def test_a_first_answer_is_recalled_for_the_same_id_and_input_only() -> None:
-    answers = FirstAnswers()
+    answers = FirstAnswers(60.0)
     answers.remember(job(), sealed("first"))
     assert answers.recall(job()) == sealed("first")
     assert answers.recall(job(delayTime=5)) == sealed("first")
@@ -96,35 +96,47 @@ def test_a_first_answer_is_recalled_for_the_same_id_and_input_only() -> None:
     assert answers.recall(job(s3Config={"bucketName": "other"})) is None
 
 
+def test_an_answer_is_not_recalled_when_its_urls_are_old() -> None:
+    now = 100.0
+    answers = FirstAnswers(60.0, now=lambda: now)
+    answers.remember(job(), sealed("first"))
+    now = 160.0
+    assert answers.recall(job()) == sealed("first")
+    now = 160.1
+    assert answers.recall(job()) is None
+    answers.remember(job(), sealed("again"))
+    assert answers.recall(job()) == sealed("again")
+
+
 def test_an_answer_that_may_change_is_not_kept() -> None:
-    answers = FirstAnswers()
+    answers = FirstAnswers(60.0)
     answers.remember(job(), sealed("later", is_final=False))
     assert answers.recall(job()) is None
 
 
 @pytest.mark.parametrize("payload", [nested(100_000), {"a": object()}], ids=["deep", "not JSON"])
 def test_a_strange_job_is_not_remembered(payload: object) -> None:
-    answers = FirstAnswers()
+    answers = FirstAnswers(60.0)
     answers.remember(job(payload=payload), sealed("first"))
     assert answers.recall(job(payload=payload)) is None
 
 
 def test_the_oldest_answers_are_forgotten_by_number() -> None:
-    answers = FirstAnswers(max_answers=2)
+    answers = FirstAnswers(60.0, max_answers=2)
     for name in "abc":
         answers.remember(job(name), sealed(name))
     assert [answers.recall(job(name)) is not None for name in "abc"] == [False, True, True]
 
 
 def test_the_oldest_answers_are_forgotten_by_size() -> None:
-    answers = FirstAnswers(max_bytes=100)
+    answers = FirstAnswers(60.0, max_bytes=100)
     for name in "abc":
         answers.remember(job(name), sealed(name * 40))
     assert [answers.recall(job(name)) is not None for name in "abc"] == [False, True, True]
 
 
 def test_an_answer_larger_than_the_memory_is_not_kept_and_drives_none_out() -> None:
-    answers = FirstAnswers(max_bytes=100)
+    answers = FirstAnswers(60.0, max_bytes=100)
     answers.remember(job("a"), sealed("a"))
     answers.remember(job("b"), sealed("b" * 200))
     assert answers.recall(job("a")) is not None
@@ -132,7 +144,7 @@ def test_an_answer_larger_than_the_memory_is_not_kept_and_drives_none_out() -> N
 
 
 def test_the_memory_counts_a_replaced_answer_once() -> None:
-    answers = FirstAnswers(max_bytes=100)
+    answers = FirstAnswers(60.0, max_bytes=100)
     for _ in range(10):
         answers.remember(job("a"), sealed("a" * 40))
     answers.remember(job("b"), sealed("b" * 40))

@@ -1,58 +1,30 @@
 """`--rp_serve_api`: the SDK's API answers good and bad bodies with JSON, and stays up."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
-from engine.settings import ROOT
+from apps import runpod_api, runpod_worker
+from engine.settings import Settings
 from tests.apps.conftest import FAKE_WORKER
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.apps.fake_job import run
+from tests.servers.runpod_server import PATIENCE_S
+from tests.servers.worker_process import start_api
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    port = free_port()
     folder = tmp_path_factory.mktemp("api")
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    arguments = ["--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)]
-    log_path = folder / "log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, FAKE_WORKER, *arguments], cwd=folder, env=environment, stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except ConnectionRefusedError:
-                if time.monotonic() > deadline or process.poll() is not None:
-                    pytest.fail(log_path.read_text())
-                time.sleep(0.05)
+    with start_api([FAKE_WORKER], folder) as port:
         yield port
-    finally:
-        process.terminate()
-        assert process.wait(10) in (0, -15)
-        assert "canary" not in log_path.read_text().lower()
+    assert "canary" not in (folder / "log").read_text().lower()
 
 
 def post(port: int, path: str, body: bytes) -> tuple[int, Any]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -112,6 +84,20 @@ def test_runsync_refuses_a_bad_body_with_json(port: int, body: bytes) -> None:
     status, answer = post(port, "/runsync", body)
     assert status in (400, 422)
     assert "canary" not in json.dumps(answer)
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [([], ("localhost", 8000)), (["--rp_api_host", "0.0.0.0", "--rp_api_port", "0"], ("0.0.0.0", 0))],
+    ids=["default", "given"],
+)
+def test_the_api_listens_on_loopback_unless_told_otherwise(
+    flags: list[str], place: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[tuple[str, int]] = []
+    monkeypatch.setattr(runpod_api, "serve_api", lambda _jobs, host, port: places.append((host, port)))
+    assert runpod_worker.serve(run, Settings(), ["--rp_serve_api", *flags]) == 0
+    assert places == [place]
 
 
 def test_the_sdks_own_api_would_break_on_a_bad_body() -> None:

@@ -16,19 +16,27 @@ from random import Random
 import pytest
 
 from tests.apps.conftest import FAKE_WORKER
+from tests.apps.fake_worker import LIMITS
 from tests.figures import Count, Figure
-from tests.servers.runpod_server import Fault, RunPodServer
+from tests.servers.runpod_server import PATIENCE_S, Fault, RunPodServer
 from tests.servers.worker_process import start_worker
 
 pytest_plugins = ["tests.figures"]
 
-HAND_OUT_S = 1.5
-"""Limits.hand_out_s: how long a worker still listens after SIGTERM."""
-
 AT_A_TIME = 5
 
+ROOM_S = 30.0
+"""What a crowded machine may add to anything; less than the server's POLL_S, which a worker may not wait out."""
 
-def end_around_a_job(offset_s: float, folder: Path, exit_s: float = 10.0) -> None:
+
+def until(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def end_around_a_job(offset_s: float, folder: Path) -> None:
     """Queue a job `offset_s` after SIGTERM reaches an idle worker, which answers it once and ends."""
     with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder) as worker:
         server.wait_for("take")
@@ -45,7 +53,7 @@ def end_around_a_job(offset_s: float, folder: Path, exit_s: float = 10.0) -> Non
         ended = time.monotonic()
         assert len(server.of("hand_out", "job0")) == 1
         assert len(server.of("result", "job0")) == 1
-        assert ended - max(signalled + HAND_OUT_S, server.of("result", "job0")[0].at) < exit_s
+        assert ended - max(signalled + LIMITS.hand_out_s, server.of("result", "job0")[0].at) < ROOM_S
 
 
 def without_the_drain_a_job_handed_out_after_sigterm_is_lost(folder: Path) -> None:
@@ -54,9 +62,8 @@ def without_the_drain_a_job_handed_out_after_sigterm_is_lost(folder: Path) -> No
         start_worker(server, [FAKE_WORKER], folder, {"FAKE_WITHOUT": "drain"}) as worker,
     ):
         server.wait_for("take")
-        time.sleep(0.5)
         worker.terminate()
-        time.sleep(0.3)
+        until(lambda: "no more jobs are run" in worker.log())
         server.queue("job0", {})
         server.wait_for("hand_out", "job0")
         with pytest.raises(TimeoutError):
@@ -65,7 +72,7 @@ def without_the_drain_a_job_handed_out_after_sigterm_is_lost(folder: Path) -> No
 
 def a_running_job_is_finished_after_sigterm_and_none_is_taken(folder: Path) -> None:
     with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder) as worker:
-        server.queue("job0", {"steps": 20, "step_s": 0.1})
+        server.queue("job0", {"steps": 60, "step_s": 0.1})
         server.wait_for("progress", "job0")
         worker.terminate()
         server.queue("job1", {})
@@ -80,7 +87,7 @@ def a_lost_card_is_answered_and_the_worker_leaves_without_another_job(folder: Pa
         server.queue("job1", {})
         answer = server.wait_for("result", "job0")
         assert worker.wait() == 1
-        assert time.monotonic() - answer.at < 30.0
+        assert time.monotonic() - answer.at < LIMITS.exit_s + ROOM_S
         assert answer.body["stopPod"] is True
         assert answer.body["error"] == "gpu_fault: the card is lost"
         assert answer.body["output"] == {"code": "gpu_fault", "retryable": True}
@@ -100,7 +107,7 @@ def a_worker_that_cannot_post_its_fault_leaves_all_the_same(folder: Path) -> Non
         server.queue("job0", {"then": "fault"})
         refused = server.wait_for("refused", "job0")
         assert worker.wait() == 1
-        assert time.monotonic() - refused.at < 5.0 + 5.0  # Limits.exit_s in fake_worker
+        assert time.monotonic() - refused.at < LIMITS.exit_s + ROOM_S
 
 
 def a_hung_step_is_answered_and_logged_and_ends_the_worker(folder: Path) -> None:
@@ -109,7 +116,7 @@ def a_hung_step_is_answered_and_logged_and_ends_the_worker(folder: Path) -> None
         began = server.wait_for("progress", "job0")
         result = server.result("job0")
         assert worker.wait() == 1
-        assert time.monotonic() - began.at < 1.0 + 10.0  # Limits.step_s in fake_worker
+        assert time.monotonic() - began.at < LIMITS.step_s + ROOM_S
         assert result["error"].startswith("gpu_fault: ")
         assert result["stopPod"] is True
         assert "no step for" in worker.log()
@@ -121,7 +128,7 @@ def without_the_watch_a_hung_job_keeps_the_worker(folder: Path) -> None:
         server.queue("job0", {"steps": 3, "step_s": 0.05, "then": "hang"})
         server.wait_for("progress", "job0")
         with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(1.0 + 4.0)  # Limits.step_s in fake_worker
+            worker.wait(LIMITS.step_s + 5.0)
         assert server.of("result") == []
 
 
@@ -135,10 +142,11 @@ def without_our_patience_a_result_is_lost_in_an_outage_of_seven_posts(folder: Pa
 
 
 def a_stop_for_a_hung_job_ends_the_worker_without_an_answer(folder: Path) -> None:
-    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder) as worker:
+    notes = folder / "jobs"
+    environment = {"FAKE_JOB_LOG": str(notes)}
+    with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder, environment) as worker:
         server.queue("job0", {"steps": 3, "step_s": 0.05, "then": "hang"})
-        server.wait_for("progress", "job0")
-        time.sleep(0.5)  # it hangs after 0.15 s
+        until(lambda: notes.exists() and "finish job0" in notes.read_text())  # from here on it looks at no stop
         server.stop("job0")
         assert worker.wait() == 1
         assert server.of("result") == []
@@ -149,28 +157,29 @@ def a_step_that_freezes_the_interpreter_ends_the_worker_with_its_stacks(folder: 
         server.queue("job0", {"then": "freeze"})
         server.wait_for("hand_out", "job0")
         assert worker.wait() == 1
-        assert "Timeout (0:00:03)!" in worker.log()
+        assert f"Timeout (0:00:{LIMITS.frozen_s:02.0f})!" in worker.log()
         assert "fake_job.py" in worker.log()
 
 
 def a_killed_worker_takes_its_heartbeat_along(folder: Path) -> None:
     with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder) as worker:
-        server.queue("job0", {"steps": 100, "step_s": 0.1})
+        server.queue("job0", {"steps": 600, "step_s": 0.1})
         server.wait_for("ping", "job0")
         worker.kill()
-        killed = time.monotonic()
-        time.sleep(3.0)
-        assert [ping.at - killed for ping in server.of("ping") if ping.at > killed + 0.5] == []
+        time.sleep(2.0)  # for one that was on its way
+        seen = len(server.of("ping"))
+        time.sleep(4.0)  # it pings every second
+        assert len(server.of("ping")) == seen
 
 
 def without_the_guard_a_killed_workers_heartbeat_goes_on(folder: Path) -> None:
     environment = {"FAKE_WITHOUT": "heartbeat"}
     with RunPodServer() as server, start_worker(server, [FAKE_WORKER], folder, environment) as worker:
-        server.queue("job0", {"steps": 100, "step_s": 0.1})
-        ping = server.wait_for("ping", "job0")
+        server.queue("job0", {"steps": 600, "step_s": 0.1})
+        server.wait_for("ping", "job0")
         worker.kill()
-        time.sleep(3.0)
-        assert len([later for later in server.of("ping", "job0") if later.at > ping.at + 1.5]) >= 1
+        worker.wait()
+        server.wait_for("ping", "job0", count=len(server.of("ping", "job0")) + 3)
 
 
 def a_failing_check_ends_the_worker_before_any_job(folder: Path) -> None:
@@ -180,7 +189,7 @@ def a_failing_check_ends_the_worker_before_any_job(folder: Path) -> None:
             assert worker.wait() == 1
             assert "check_weights" in worker.log()
         assert server.of("take") == []
-        assert server.of("ping")[0].body["status"] == ["unhealthy"]
+        assert server.wait_for("ping").body["status"] == ["unhealthy"]
 
 
 OFFSETS_S = (-0.4, -0.05, 0.0, 0.05, 0.2, 0.5)

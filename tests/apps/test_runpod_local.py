@@ -111,10 +111,16 @@ def test_an_empty_input_reaches_the_job(capsys: pytest.CaptureFixture[str]) -> N
         ["stray"],
         ["--rp_debugger"],
         ["--rp_serve_api", "--test_input", "{}"],
+        ["--rp_api_port", "8001"],
+        ["--test_input", "{}", "--rp_api_host", "0.0.0.0"],
+        ["--plan", "--plan"],
+        ["--warm-up"],
     ],
     ids=str,
 )
-def test_an_unknown_flag_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_that_is_unknown_or_has_no_effect_is_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         runpod_worker.serve(run, Settings(), argv)
     assert exit_.value.code == 2

@@ -1,6 +1,7 @@
 """When a job counts as hung."""
 
 import threading
+from typing import Any
 
 from apps.runpod_watch import Limits, Pulse, stacks
 from engine.progress import Update
@@ -72,6 +73,39 @@ def test_overdue_says_where() -> None:
     pulse = pulse_at(clock, (0, "denoise", 0), (2, "denoise", 1))
     clock.now = 70
     assert pulse.overdue() == "no step for 68.0 s in stage denoise after 1 steps"
+
+
+def test_a_beat_that_comes_while_the_loop_looks_is_not_mixed_with_the_last_one() -> None:
+    """The first clip's steps are gone at the first beat of the second clip, and with them their median."""
+
+    class Interrupting:
+        step_factor, stage_s = 8.0, 900.0
+
+        @property
+        def step_s(self) -> float:
+            pulse.beat(Update("denoise", 0, 6, 0.0, None))
+            return 60.0
+
+    limits: Any = Interrupting()
+    clock = Clock()
+    pulse = Pulse(limits, clock)
+    for clock.now, step in ((0, 0), (2, 1)):
+        pulse.beat(Update("denoise", step, 6, 0.0, None))
+    clock.now = 4
+    assert pulse.overdue() is None
+
+
+def test_a_long_wait_for_another_machine_is_not_held_against_the_stage_that_follows() -> None:
+    class Interrupting(float):
+        def __sub__(self, other: float) -> float:
+            waited_s = float(self) - other
+            pulse.beat(Update("load", 0, 1, 0.0, None))
+            return waited_s
+
+    clock = Clock()
+    pulse = pulse_at(clock, (0, "fetch", 0))
+    clock.now = Interrupting(5000)
+    assert pulse.overdue() is None
 
 
 def test_stacks_show_where_each_thread_stands() -> None:

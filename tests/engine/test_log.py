@@ -109,6 +109,15 @@ def test_redact_keeps_both_ends_of_a_long_text() -> None:
     assert text.endswith(" end")
 
 
+def test_redact_keeps_the_end_of_a_traceback_of_any_length_but_not_the_rest_of_a_cut_line() -> None:
+    text = log.redact("start\n" + "  File x.py, line 5\n" * 10_000 + "RecursionError: too deep")
+    assert text.startswith("start\n")
+    assert text.endswith("\nRecursionError: too deep")
+    cookie = log.redact("Cookie: " + "a=b; " * 20_000 + "c=canary\nend")
+    assert "canary" not in cookie
+    assert cookie.endswith("\nend")
+
+
 @pytest.mark.parametrize(
     "unit",
     ["a.", "a:", "a", "Aa1", "secret", "data:", "x-amz-", "http://", "http://a", "bearer  ", "a@", " ", "a-"],
@@ -116,7 +125,7 @@ def test_redact_keeps_both_ends_of_a_long_text() -> None:
 def test_redact_is_quick_on_hostile_text(unit: str) -> None:
     started = time.process_time()
     log.redact(unit * (1_000_000 // len(unit)))
-    assert time.process_time() - started < 3.0
+    assert time.process_time() - started < 10.0  # 1 s at worst; a search that is quadratic takes minutes
 
 
 def test_mask_removes_the_strings_of_a_payload_in_each_spelling() -> None:

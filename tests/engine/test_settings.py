@@ -52,6 +52,7 @@ def test_bound_of_work_has_a_default_and_zero_is_none(value: str, most_gpx: floa
         ("WORKER_VRAM_GB", "44", "WORKER_VRAM_GB is not a setting; did you mean WORKER_VRAM_GIB?"),
         ("BUCKET_NAM", "b", "BUCKET_NAM is not a setting; did you mean BUCKET_NAME?"),
         ("BUCKET_NAME", "b", "S3 is half set"),
+        ("WORKER_OUTPUT_DIR", "~no-such-person/x", "WORKER_OUTPUT_DIR is '~no-such-person/x', not a folder"),
         ("WORKER_FETCH_ALLOW", "10.0.0.0/99", "WORKER_FETCH_ALLOW is '10.0.0.0/99', not host names"),
     ],
 )

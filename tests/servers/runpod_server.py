@@ -16,8 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-POLL_S = 20.0
+POLL_S = 60.0
 """How long an empty job-take or job-stop request is held open."""
+
+PATIENCE_S = 120.0
+"""How long a test waits for what must come. A crowded machine takes half a minute to start five workers at once."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class RunPodServer:
         with self._changed:
             return [e for e in self.events if e.kind == kind and job_id in (None, e.job_id)]
 
-    def wait_for(self, kind: str, job_id: str | None = None, count: int = 1, timeout_s: float = 20.0) -> Event:
+    def wait_for(self, kind: str, job_id: str | None = None, count: int = 1, timeout_s: float = PATIENCE_S) -> Event:
         """Return the `count`-th such event, and wait for it if it has not come.
 
         Raises:
@@ -117,7 +120,7 @@ class RunPodServer:
                     seen = [(e.kind, e.job_id) for e in self.events if e.kind != "ping"]
                     raise TimeoutError(f"{len(found)} of {count} {kind} {job_id or ''} after {timeout_s} s: {seen}")
 
-    def result(self, job_id: str, timeout_s: float = 20.0) -> dict[str, Any]:
+    def result(self, job_id: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Return what the worker posted as the job's result."""
         body: dict[str, Any] = self.wait_for("result", job_id, timeout_s=timeout_s).body
         return body
