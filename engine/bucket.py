@@ -1,17 +1,17 @@
 """Which bucket, where, and with whose keys: read from the environment or from a request's `s3Config`."""
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from engine.addresses import parse_allowed
 from engine.fetch import check_endpoint
 from engine.settings import Secret, Settings
-from engine.urls import parse_url
+from engine.urls import MAX_URL_CHARACTERS, parse_url
 from schemas.errors import FetchFailed, InvalidInput, Problem, SettingsError
+from schemas.words import nearest, printable
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ REQUEST = Labels(
 )
 REQUEST_FIELDS = ("accessId", "accessSecret", "bucketName", "endpointUrl")
 """Source: RunPod documentation, "Send API requests", S3-compatible storage integration."""
+MAX_STRANGE = 20  # unknown fields that are named one by one; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def bucket_from_request(s3_config: object, *, allow: tuple[str, ...]) -> Bucket:
     """
     if not isinstance(s3_config, dict):
         raise InvalidInput([Problem("s3Config", f"must be an object with {', '.join(REQUEST_FIELDS)}")])
-    problems = [_unknown(str(name)) for name in s3_config if name not in REQUEST_FIELDS]
+    problems = _unknown_fields(s3_config)
     for name in ("accessId", "accessSecret"):
         value = s3_config.get(name)
         if not isinstance(value, str) or not _KEY_TEXT.fullmatch(value):
@@ -152,9 +153,16 @@ def bucket_from_request(s3_config: object, *, allow: tuple[str, ...]) -> Bucket:
     return replace(bucket, guest_allow=allow)
 
 
-def _unknown(name: str) -> Problem:
-    near = difflib.get_close_matches(name, REQUEST_FIELDS, n=1)
-    return Problem("s3Config", f"{name[:64]!r} is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+def _unknown_fields(s3_config: dict[Any, Any]) -> list[Problem]:
+    strange = [str(name) for name in s3_config if name not in REQUEST_FIELDS]
+    problems = []
+    for name in strange[:MAX_STRANGE]:
+        near = nearest(name, REQUEST_FIELDS)
+        hint = f"; did you mean {near}?" if near else ""
+        problems.append(Problem("s3Config", f"'{printable(name)}' is not a field{hint}"))
+    if len(strange) > MAX_STRANGE:
+        problems.append(Problem("s3Config", f"{len(strange) - MAX_STRANGE} more fields are unknown"))
+    return problems
 
 
 def _check_public(url: str, allow: tuple[str, ...]) -> None:
@@ -225,10 +233,14 @@ def _vendor(host: str) -> tuple[_Vendor, str | None, str | None]:
 
 
 def _parts(url: str, labels: Labels) -> tuple[str, str, int | None, str | None]:
-    """Scheme, host in lower case, port, and the bucket if the path names one."""
+    """Scheme, host in lower case without a trailing dot, port, and the bucket if the path names one."""
+    if len(url) > MAX_URL_CHARACTERS:
+        raise InvalidInput([Problem(labels.endpoint, f"is longer than {MAX_URL_CHARACTERS} characters")])
     try:
         parts = urlsplit(url)
         port = parts.port
+        if port == 0:
+            raise ValueError("no server listens there")
     except ValueError as error:
         raise InvalidInput([Problem(labels.endpoint, "is not a URL")]) from error
     is_clean = url.isprintable() and not any(character.isspace() or character in "@\\" for character in url)
@@ -239,4 +251,5 @@ def _parts(url: str, labels: Labels) -> tuple[str, str, int | None, str | None]:
     segments = [segment for segment in parts.path.split("/") if segment]
     if len(segments) > 1:
         raise InvalidInput([Problem(labels.endpoint, "may have one bucket in its path, no folder")])
-    return parts.scheme, parts.hostname, port, segments[0] if segments else None
+    # The dot would be signed as part of the host and, at the door, be gone: a store would blame the secret key.
+    return parts.scheme, parts.hostname.removesuffix("."), port, segments[0] if segments else None

@@ -1,11 +1,10 @@
 """Clips in: the last frames of a stranger's video, decoded in a child."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from engine import sandbox
-from engine.media import Fetch, read_media
 from schemas.errors import InvalidMedia
 
 MAX_PIXELS = 4096 * 2304
@@ -13,11 +12,10 @@ MAX_SIDE = 4096
 MIN_SIDE = 16
 MAX_FRAMES = 3600
 MAX_DURATION_S = 120.0
-MAX_RESULT_BYTES = 2**29
 MAX_BOXES = 20_000  # a fragmented MP4 has two a fragment
 
 # More seconds than a picture gets: a clip with a single key frame must be decoded from its beginning.
-_LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=20, memory_bytes=2**30, result_bytes=MAX_RESULT_BYTES)
+_LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=20, memory_bytes=2**30)
 _SENTENCES = {
     "too_large": f"the video's frames are over {MAX_PIXELS:,} pixels, or a side is over {MAX_SIDE}",
     "too_small": f"a side of the video is under {MIN_SIDE} pixels",
@@ -39,18 +37,8 @@ class Clip:
     """As the file says; None where it says nothing."""
 
 
-def load_clip(value: str, *, fetch: Fetch, max_bytes: int, last_frames: int) -> list[Image.Image]:
-    """Load the last frames of an MP4, MOV, WebM or Matroska video from an http(s) URL, a data URI or base64.
-
-    Raises:
-        FetchFailed: from `fetch`.
-        InvalidMedia: it is not such a video, has fewer frames, or is over a limit.
-    """
-    return decode_clip(read_media(value, "video", fetch=fetch, max_bytes=max_bytes), last_frames).frames
-
-
 def decode_clip(data: bytes, last_frames: int) -> Clip:
-    """Decode a video's bytes; see `load_clip`.
+    """Decode the last frames of a stranger's MP4, MOV, WebM or Matroska video.
 
     Raises:
         InvalidMedia: it is not such a video, has fewer frames, or is over a limit.
@@ -68,8 +56,9 @@ def decode_clip(data: bytes, last_frames: int) -> Clip:
         "max_side": MAX_SIDE,
         "min_side": MIN_SIDE,
     }
+    limits = replace(_LIMITS, result_bytes=3 * MAX_PIXELS * last_frames + sandbox.MAX_HEAD_BYTES)
     try:
-        raster = sandbox.decode(data, form, rules, _LIMITS)
+        raster = sandbox.decode(data, form, rules, limits)
     except sandbox.Refused as refusal:
         raise InvalidMedia(_SENTENCES[refusal.reason]) from refusal
     size_bytes = raster.height * raster.width * 3

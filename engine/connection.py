@@ -1,15 +1,18 @@
-"""A connection to a stranger's host: looked up once, its addresses judged, one wall clock for all of it.
+"""A connection to a stranger's host: looked up once, its addresses judged, one wall clock for all, its bytes counted.
 
 `engine.fetch` reads pictures over it, `engine.guest_wire` sends files. The two differ in what they say of a failure, so
-here everything fails as OSError, and the verdict on the addresses is theirs.
+here everything fails as OSError or HTTPException, and the verdict on the addresses is theirs.
 """
 
+import io
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from ipaddress import ip_address
+from typing import Any
 
 from engine.addresses import Address
 from engine.urls import Target
@@ -18,6 +21,8 @@ Resolve = Callable[[str, int], list[str]]
 """Host and port -> its addresses as text. Called once a connection, in a thread, and may raise OSError."""
 
 MAX_LOOKUPS = 8  # lookups still running, the abandoned ones included
+MAX_TRIES = 8  # addresses of one host that are tried: a name with thousands would have us knock at thousands of doors
+CHUNK_BYTES = 2**16
 
 _lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
 
@@ -48,7 +53,7 @@ def look_up(target: Target, deadline: Deadline, resolve: Resolve) -> list[Addres
     Those left behind are bounded; each ends when the system's resolver gives up.
 
     Raises:
-        OSError: no such name. TimeoutError: no answer before the deadline.
+        OSError: no such name. TimeoutError: no answer before the deadline. RuntimeError: no thread can be started.
     """
     if not _lookups.acquire(timeout=deadline.left_s()):
         raise TimeoutError
@@ -64,7 +69,11 @@ def look_up(target: Target, deadline: Deadline, resolve: Resolve) -> list[Addres
             _lookups.release()
 
     thread = threading.Thread(target=ask, name="lookup", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        _lookups.release()  # `ask`, which would have done it, never runs
+        raise
     thread.join(deadline.left_s())
     if thread.is_alive():
         raise TimeoutError
@@ -74,25 +83,35 @@ def look_up(target: Target, deadline: Deadline, resolve: Resolve) -> list[Addres
 
 
 def connect(target: Target, addresses: Sequence[Address], deadline: Deadline) -> socket.socket:
-    """Connect to the first of these very addresses that answers; each gets an equal share of the time that is left.
+    """Connect to the first of these very addresses that answers, at most MAX_TRIES of them.
+
+    Each gets an equal share of the time that is left to accept; the TLS handshake gets all of it.
 
     Raises:
         ssl.SSLCertVerificationError: the certificate is not the host's. OSError: none answered.
     """
     failure = OSError("the host has no address")
-    for index, address in enumerate(addresses):
-        connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    tried = addresses[:MAX_TRIES]
+    for index, address in enumerate(tried):
         try:
-            connection.settimeout(deadline.left_s() / (len(addresses) - index))
-            connection.connect((str(address), target.port))
-            return _encrypt(connection, target, deadline) if target.scheme == "https" else connection
+            return _connect_to(address, target, deadline, len(tried) - index)
         except ssl.SSLCertVerificationError:
-            connection.close()
             raise
         except OSError as error:
-            connection.close()
             failure = error
     raise failure
+
+
+def _connect_to(address: Address, target: Target, deadline: Deadline, shares: int) -> socket.socket:
+    # A system without IPv6 refuses even the socket, so this too is one address that does not answer.
+    connection = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    try:
+        connection.settimeout(deadline.left_s() / shares)
+        connection.connect((str(address), target.port))
+        return _encrypt(connection, target, deadline) if target.scheme == "https" else connection
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _encrypt(connection: socket.socket, target: Target, deadline: Deadline) -> socket.socket:
@@ -101,3 +120,49 @@ def _encrypt(connection: socket.socket, target: Target, deadline: Deadline) -> s
     context.set_alpn_protocols(["http/1.1"])
     connection.settimeout(deadline.left_s())
     return context.wrap_socket(connection, server_hostname=target.host)
+
+
+class Flooded(OSError):
+    """More bytes came in than the answer may have, however it is framed."""
+
+
+class Wire(io.RawIOBase):
+    """A connected socket whose every call gets the time that is left, and which counts what comes in.
+
+    `left_bytes`: how many more may come; at first those of the head. Whoever has read that sets what the body may have.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: Deadline, head_bytes: int) -> None:
+        self._connection = connection
+        self._deadline = deadline
+        self.left_bytes = head_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(self._deadline.left_s())
+        count = self._connection.recv_into(buffer)
+        self.left_bytes -= count
+        if self.left_bytes < 0:
+            raise Flooded
+        return count
+
+    def send_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._connection.settimeout(self._deadline.left_s())
+            view = view[self._connection.send(view[:CHUNK_BYTES]) :]
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What `http.client.HTTPResponse` reads from; all it asks of a socket."""
+        return _Reader(self, CHUNK_BYTES)
+
+
+class _Reader(io.BufferedReader):
+    """http.client takes a minus before the size of a chunk, and would read so many bytes."""
+
+    def read(self, size: int | None = None, /) -> bytes:
+        if size is not None and size < 0:
+            raise HTTPException("a chunk of negative size")
+        return super().read(size)

@@ -19,6 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from io import BytesIO
+from itertools import chain
 from typing import Any, NamedTuple
 
 IMPORTS_FAILED = 3
@@ -108,6 +109,8 @@ def _check_size(height: int, width: int, rules: dict[str, Any]) -> None:
 
 def png_is_whole(data: bytes) -> bool:
     """Whether the PNG's pixel stream holds every row. Pillow leaves missing rows black without a word."""
+    if data[12:16] != b"IHDR":
+        return False  # Pillow takes the header from anywhere
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
     bits = depth * PNG_CHANNELS[colour]
     passes = ADAM7 if interlace else ((0, 0, 1, 1),)
@@ -132,7 +135,7 @@ def _png_pixel_stream(data: bytes) -> Iterator[bytes]:
         if name == b"IDAT":
             has_begun = True
             yield data[position + 8 : position + 8 + length]
-        elif has_begun:
+        elif has_begun or (name == b"IHDR" and position > 8):  # of two headers Pillow takes the second
             return
         position += 12 + length
 
@@ -223,14 +226,15 @@ def decode_clip(data: bytes, form: str, rules: dict[str, Any]) -> Decoded:
                 raise Refused("codec")
             _check_size(stream.codec_context.height, stream.codec_context.width, rules)
             stream.codec_context.thread_count = 1
-            images = _last_images(_packets(container, stream, rules), stream, rules)
+            last = _last_frames(_packets(container, stream, rules), stream, rules)
             fps = float(stream.average_rate) if stream.average_rate else None
+        count, images = len(last), _take_as_rgb(last)
+        first = next(images)
     except MemoryError:
         raise Refused("memory") from None
     except (av.FFmpegError, *DAMAGE) as error:
         raise Refused("damaged") from error
-    height, width = images[0].height, images[0].width
-    return Decoded((image.tobytes() for image in images), len(images), height, width, fps)
+    return Decoded((image.tobytes() for image in chain([first], images)), count, first.height, first.width, fps)
 
 
 def _packets(container: Any, stream: Any, rules: dict[str, Any]) -> list[Any]:
@@ -249,10 +253,8 @@ def _packets(container: Any, stream: Any, rules: dict[str, Any]) -> list[Any]:
     return packets
 
 
-def _last_images(packets: list[Any], stream: Any, rules: dict[str, Any]) -> list[Any]:
+def _last_frames(packets: list[Any], stream: Any, rules: dict[str, Any]) -> deque[Any]:
     """Decode from the last key frame that is far enough from the end, and keep what was asked for."""
-    from av.video.reformatter import VideoReformatter
-
     wanted = rules["last_frames"]
     enough = max(1, len(packets) - wanted - REORDERED_FRAMES)
     begin = max((i for i, packet in enumerate(packets[:enough]) if packet.is_keyframe), default=0)
@@ -263,10 +265,19 @@ def _last_images(packets: list[Any], stream: Any, rules: dict[str, Any]) -> list
             last.append(frame)
     if len(last) < wanted:
         raise Refused("too_short")
-    if any(frame.is_corrupt for frame in last) or len({(frame.height, frame.width) for frame in last}) > 1:
+    shown = {(frame.height, frame.width, frame.rotation) for frame in last}  # each frame may bring its own rotation
+    if any(frame.is_corrupt for frame in last) or len(shown) > 1:
         raise Refused("damaged")
+    return last
+
+
+def _take_as_rgb(frames: deque[Any]) -> Iterator[Any]:
+    """Each frame as it is shown, taken off `frames`: as RGB they are twice as large, too much for all at once."""
+    from av.video.reformatter import VideoReformatter
+
     converter = VideoReformatter()
-    return [_frame_to_rgb(converter, frame) for frame in last]
+    while frames:
+        yield _frame_to_rgb(converter, frames.popleft())
 
 
 def _frame_to_rgb(converter: Any, frame: Any) -> Any:

@@ -7,24 +7,22 @@ closed, forbidden or unknown.
 """
 
 import http.client
-import io
 import logging
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from engine.addresses import Address, Allowed, may_connect, parse_allowed
-from engine.connection import Deadline, Resolve, connect, look_up, system_resolver
+from engine.connection import CHUNK_BYTES, Deadline, Flooded, Resolve, Wire, connect, look_up, system_resolver
 from engine.urls import Target, parse_url
 from schemas.errors import FetchFailed
 
 MAX_REDIRECTS = 3
 HEAD_BYTES = 2**18  # of one hop: status lines and headers, interim answers included
 FRAMING_FACTOR = 2  # bytes on the wire a byte of body, at most; honest chunks add a thousandth
-CHUNK_BYTES = 2**16
 
 UNREACHABLE = "the URL could not be read: its host does not exist, does not answer, or is not allowed"
 TOO_SLOW = "the URL took too long to read"
@@ -96,38 +94,6 @@ class FetchBudget:
             return body
 
 
-class _Wire(io.RawIOBase):
-    """A connected socket whose every call gets the time that is left, and which counts what comes in."""
-
-    def __init__(self, connection: socket.socket, deadline: Deadline, limit_bytes: int) -> None:
-        self._connection = connection
-        self._deadline = deadline
-        self.left_bytes = limit_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(self._deadline.left_s())
-        count = self._connection.recv_into(buffer)
-        self.left_bytes -= count
-        if self.left_bytes < 0:
-            raise _Flooded
-        return count
-
-    def send_all(self, data: bytes) -> None:
-        self._connection.settimeout(self._deadline.left_s())
-        self._connection.sendall(data)
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """What `http.client.HTTPResponse` reads from; all it asks of a socket."""
-        return io.BufferedReader(self, CHUNK_BYTES)
-
-
-class _Flooded(OSError):
-    """More bytes on the wire than a body within the limit needs, however it is chunked."""
-
-
 def _follow(
     target: Target, deadline: Deadline, max_bytes: int, allowed: tuple[Allowed, ...], resolve: Resolve
 ) -> bytes:
@@ -147,7 +113,7 @@ def _get(
     addresses = _checked_addresses(target, deadline, allowed, resolve)
     with _connect(target, addresses, deadline) as connection:
         try:
-            wire = _Wire(connection, deadline, HEAD_BYTES)
+            wire = Wire(connection, deadline, HEAD_BYTES)
             response = _ask(target, wire)
             if response.status in _REDIRECTS:
                 return _next_target(target, response)
@@ -155,7 +121,7 @@ def _get(
             return _read_body(response, max_bytes)
         except TimeoutError as error:
             raise FetchFailed(TOO_SLOW) from error
-        except _Flooded as error:
+        except Flooded as error:
             raise FetchFailed(_too_large(max_bytes)) from error
         except (OSError, http.client.HTTPException) as error:
             raise FetchFailed(CUT_SHORT) from error
@@ -186,7 +152,7 @@ def _connect(target: Target, addresses: list[Address], deadline: Deadline) -> so
         raise FetchFailed(UNREACHABLE) from error
 
 
-def _ask(target: Target, wire: _Wire) -> http.client.HTTPResponse:
+def _ask(target: Target, wire: Wire) -> http.client.HTTPResponse:
     """Send the request and read the answer's head."""
     lines = (
         f"GET {target.path} HTTP/1.1",
@@ -207,15 +173,19 @@ def _next_target(target: Target, response: http.client.HTTPResponse) -> Target:
     location = response.headers.get("Location")
     if location is None:
         raise FetchFailed(f"the URL's server answered {response.status} without a Location")
-    return target.follow(location)
+    try:
+        written = location.encode("latin-1").decode()  # as http.client decoded it, and as servers mean it: UTF-8
+    except UnicodeError as error:
+        raise FetchFailed("the URL redirects to a malformed one") from error
+    return target.follow(written)
 
 
 def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
         raise FetchFailed(f"the URL's server answered {response.status}")
     content_coding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    transfer_coding = response.headers.get("Transfer-Encoding", "chunked").strip().lower()
-    if content_coding != "identity" or transfer_coding != "chunked":
+    is_framed_otherwise = "Transfer-Encoding" in response.headers and not response.chunked
+    if content_coding != "identity" or is_framed_otherwise:
         raise FetchFailed("the URL's server compresses its answer, which was not asked for")
     declared = response.length
     if declared is not None and declared > max_bytes:

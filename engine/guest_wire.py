@@ -6,14 +6,14 @@ at its second lookup, a byte a minute, or without an end, and its name could tak
 """
 
 import http.client
-import io
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.addresses import may_connect, parse_allowed
-from engine.connection import Deadline, connect, look_up, system_resolver
+from engine.connection import CHUNK_BYTES, Deadline, Wire, connect, look_up, system_resolver
 from engine.s3_errors import StoreRefused
 from engine.urls import Target, parse_url
 from schemas.errors import FetchFailed
@@ -25,7 +25,6 @@ REACH_S = 15.0
 HEAD_BYTES = 2**18
 BODY_BYTES = 2**20
 """Largest answer that is kept in memory: error documents and lists of uploads."""
-CHUNK_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -67,49 +66,18 @@ def _exchange(connection: socket.socket, target: Target, request: Any, deadline:
     headers = {name: value for name, value in headers.items() if name.lower() not in ("expect", "connection")}
     lines = [f"{request.method} {target.path} HTTP/1.1", f"Host: {target.authority}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    wire = _Wire(connection, deadline)
+    wire = Wire(connection, deadline, HEAD_BYTES)
     body = request.body or b""
-    wire.send("\r\n".join((*lines, "", "")).encode("latin-1"))
-    wire.send(body if isinstance(body, bytes) else body.read())
+    wire.send_all("\r\n".join((*lines, "", "")).encode("latin-1"))
+    wire.send_all(body if isinstance(body, bytes) else body.read())
     response = http.client.HTTPResponse(cast(socket.socket, wire), method=request.method)
     response.begin()
-    wire.left_bytes = None
+    wire.left_bytes = sys.maxsize  # _Body counts the rest
     return response
 
 
 def _text(value: str | bytes) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else value
-
-
-class _Wire(io.RawIOBase):
-    """A socket whose every call gets the time that is left, and no more of a head than HEAD_BYTES."""
-
-    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
-        self._connection = connection
-        self._deadline = deadline
-        self.left_bytes: int | None = HEAD_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(self._deadline.left_s())
-        count = self._connection.recv_into(buffer)
-        if self.left_bytes is not None:
-            self.left_bytes -= count
-            if self.left_bytes < 0:
-                raise http.client.LineTooLong("head")
-        return count
-
-    def send(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            self._connection.settimeout(self._deadline.left_s())
-            view = view[self._connection.send(view[:CHUNK_BYTES]) :]
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """What HTTPResponse reads from; all it asks of a socket."""
-        return io.BufferedReader(self, CHUNK_BYTES)
 
 
 class _Body:

@@ -1,5 +1,6 @@
 """Pictures in and out. A stranger's is judged by its bytes and decoded in a child; only RGB comes back."""
 
+import errno
 import hashlib
 import re
 from io import BytesIO
@@ -9,9 +10,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from engine import sandbox
-from engine.media import Fetch, read_media
 from engine.outputs import MediaFile
-from schemas.errors import BadOutput, EncodingFailed, InvalidMedia
+from schemas.errors import BadOutput, DiskFull, EncodingFailed, InvalidMedia
 
 MAX_PIXELS = 16_777_216  # 4096 x 4096
 MAX_SIDE = 8192
@@ -31,20 +31,10 @@ _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # not stuffed zeros, fi
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 
 
-def load_picture(value: str, *, fetch: Fetch, max_bytes: int) -> Image.Image:
-    """Load a picture from an http(s) URL, a data URI or base64: RGB, upright, over white, without metadata.
+def decode_picture(data: bytes) -> Image.Image:
+    """Decode a stranger's picture: RGB, upright, over white, without metadata.
 
     PNG, JPEG and WebP by their first bytes, whatever the name or type says; of an animation the first frame.
-
-    Raises:
-        FetchFailed: from `fetch`.
-        InvalidMedia: it is not such a picture, or over a limit.
-    """
-    return decode_picture(read_media(value, "image", fetch=fetch, max_bytes=max_bytes))
-
-
-def decode_picture(data: bytes) -> Image.Image:
-    """Decode a picture's bytes; see `load_picture`.
 
     Raises:
         InvalidMedia: it is not such a picture, or over a limit.
@@ -58,7 +48,7 @@ def decode_picture(data: bytes) -> Image.Image:
     try:
         raster = sandbox.decode(data, form, rules, _LIMITS)
     except sandbox.Refused as refusal:
-        raise InvalidMedia(_SENTENCES[refusal.reason]) from refusal
+        raise InvalidMedia(_SENTENCES.get(refusal.reason, _SENTENCES["damaged"])) from refusal
     return Image.frombytes("RGB", (raster.width, raster.height), raster.pixels)
 
 
@@ -125,6 +115,7 @@ def write_picture(picture: Any, stem: Path, output_format: str, quality: int) ->
 
     Raises:
         BadOutput: the picture is one flat colour, as a decode of NaN is.
+        DiskFull: there is no room for it.
         EncodingFailed: it could not be written, or does not read back.
     """
     image = Image.fromarray(picture)
@@ -136,7 +127,9 @@ def write_picture(picture: Any, stem: Path, output_format: str, quality: int) ->
         written = path.read_bytes()
         with Image.open(BytesIO(written), formats=[output_format]) as found:
             found.load()
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the worker's disk is full") from error
         raise EncodingFailed("the picture's file could not be written") from error
     if found.size != image.size or (output_format == "png" and found.tobytes() != image.tobytes()):
         raise EncodingFailed("the picture's file does not hold the picture")

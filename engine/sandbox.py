@@ -28,6 +28,8 @@ REASONS = frozenset({"too_large", "too_small", "too_long", "too_short", "codec",
 MAX_HEAD_BYTES = 256
 MAX_STDERR_BYTES = 4096
 
+_NOT_STARTED = "the decoder did not start; the operator's log holds the reason"
+
 _log = logging.getLogger(__name__)
 
 
@@ -63,25 +65,33 @@ class Refused(Exception):
 def decode(data: bytes, form: str, rules: dict[str, Any], limits: Limits) -> Raster:
     """Decode a file whose format the caller knows by its magic bytes.
 
-    `form`: PNG, JPEG, WEBP, mov or matroska. `rules`: what `engine.decode_child` asks of that format.
+    `form`: PNG, JPEG, WEBP, mov or matroska. `rules`: what `engine.decode_child` asks of that format. The answer has
+    `rules["last_frames"]` frames, a picture one.
 
     Raises:
         Refused: the file is not accepted, or the child died of it.
         InternalError: the child could not start.
     """
-    order = {
-        "form": form,
-        "rules": rules,
-        "limits": {**asdict(limits), "wall_s": limits.wall_s + 1},
-        "paths": _package_folders(),
-    }
-    with _memory("source") as source, _memory("result") as result:
-        source.write(data)
-        source.seek(0)
-        status = _run(json.dumps(order), source, result, limits.wall_s)
-        if status != 0:
-            raise Refused("slow" if status in (-signal.SIGXCPU, -signal.SIGALRM) else "damaged")
-        return _read_result(result, limits.result_bytes)
+    try:
+        order = {
+            "form": form,
+            "rules": rules,
+            "limits": {**asdict(limits), "wall_s": limits.wall_s + 1},
+            "paths": _package_folders(),
+        }
+        with _memory("source") as source, _memory("result") as result:
+            source.write(data)
+            source.seek(0)
+            status = _run(json.dumps(order), source, result, limits.wall_s)
+            if status != 0:
+                raise Refused("slow" if status in (-signal.SIGXCPU, -signal.SIGALRM) else "damaged")
+            raster = _read_result(result, limits.result_bytes)
+    except OSError as error:  # no process, no descriptor or no memory left to this one
+        _log.error("the decoder did not start: %s", error)
+        raise InternalError(_NOT_STARTED) from error
+    if raster.frames != rules.get("last_frames", 1):
+        raise Refused("damaged")
+    return raster
 
 
 def _memory(name: str) -> BinaryIO:
@@ -119,7 +129,7 @@ def _run(order: str, source: BinaryIO, result: BinaryIO, wall_s: float) -> int:
             process.stderr.close()
     if status == IMPORTS_FAILED:
         _log.error("the decoder did not start: %s", said)
-        raise InternalError("the decoder did not start; the operator's log holds the reason")
+        raise InternalError(_NOT_STARTED)
     if status > 0:
         _log.warning("the decoder failed with status %d: %s", status, said)
     return status

@@ -11,6 +11,7 @@ MAX_URL_CHARACTERS = 8192  # presigned URLs with a session token pass 2000
 
 _HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
 _AUTHORITY = re.compile(r"(\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\[\]:]+))(:(?P<port>[0-9]{0,5}))?")
+_READ_TWO_WAYS = frozenset("\u00df\u1e9e\u03c2")  # sharp s and final sigma: another host by IDNA 2003 than by IDNA 2008
 _KEPT = "/%:@!$&'()*+,;=~"  # quote() keeps letters, digits and -._~ by itself
 
 
@@ -98,6 +99,8 @@ def _split_authority(authority: str) -> tuple[str, int | None]:
 def _ascii_host(name: str) -> str:
     if len(name) > 253:
         raise ValueError("longer than a name can be")
+    if not _READ_TWO_WAYS.isdisjoint(name):
+        raise ValueError("not the same host to everyone")
     host = name.encode("idna").decode("ascii").lower()
     if not _HOST.fullmatch(host):
         raise ValueError("not a host name")

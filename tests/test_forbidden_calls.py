@@ -24,7 +24,8 @@ SOURCES = sorted(
 CODE_AS_DATA = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 FORBIDDEN_CALLS = {
     "eval": "eval", "exec": "exec", "torch.load": "torch.load", "numpy.load": "numpy.load", "os.system": "shell",
-    "os.popen": "shell", "subprocess.getoutput": "shell", "yaml.load": "yaml.load", "yaml.unsafe_load": "yaml.load",
+    "os.popen": "shell", "subprocess.getoutput": "shell", "subprocess.getstatusoutput": "shell",
+    "asyncio.create_subprocess_shell": "shell", "yaml.load": "yaml.load", "yaml.unsafe_load": "yaml.load",
     "tempfile.mktemp": "mktemp", "ssl._create_unverified_context": "unverified", "runpy.run_path": "exec",
 }  # fmt: skip
 FORBIDDEN_VALUES = {
@@ -34,7 +35,7 @@ FORBIDDEN_VALUES = {
     "check_hostname": False,
     "weights_only": False,
 }
-"""Keyword, or attribute that is set -> the value it must not have. What is not written out counts as that value."""
+"""Keyword, or attribute that is set -> the truth it must not have. What is not written out counts as that."""
 
 NETWORK = (
     "requests",
@@ -102,7 +103,7 @@ def _of_call(node: ast.Call, named: dict[str, str], module: str) -> set[str]:
 def _is_forbidden(word: str, value: ast.expr) -> bool:
     if word not in FORBIDDEN_VALUES:
         return False
-    return not (isinstance(value, ast.Constant) and value.value is not FORBIDDEN_VALUES[word])
+    return not (isinstance(value, ast.Constant) and bool(value.value) is not FORBIDDEN_VALUES[word])
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
@@ -140,11 +141,16 @@ PLANTED = {
     "exec(text)": "exec",
     "import subprocess; subprocess.run(text, shell=True)": "shell",
     "import subprocess; subprocess.run(text, shell=flag)": "shell",
+    "import subprocess; subprocess.run(text, shell=1)": "shell",
+    "import subprocess; subprocess.getstatusoutput(text)": "shell",
+    "from asyncio import create_subprocess_shell; create_subprocess_shell(text)": "shell",
     "import os; os.system(text)": "shell",
     "import os.path; os.popen(text)": "shell",
     "import yaml; yaml.load(text, Loader=yaml.Loader)": "yaml.load",
     "AutoModel.from_pretrained(name, revision=commit, trust_remote_code=True)": "trust_remote_code",
     "client.get(url, verify=False)": "verify",
+    "client.get(url, verify=0)": "verify",
+    "client.get(url, verify=None)": "verify",
     "context.check_hostname = False": "check_hostname",
     "context.verify_mode = ssl.CERT_NONE": "unverified",
     "import tempfile; tempfile.mktemp()": "mktemp",

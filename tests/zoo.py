@@ -198,6 +198,10 @@ def _broken() -> Iterator[Specimen]:
     yield Specimen("png of 3 bits", PNG_MAGIC + ihdr(16, 16, depth=3) + chunk(b"IDAT", b""), DAMAGED)
     yield Specimen("png without a header", PNG_MAGIC + chunk(b"IDAT", zlib.compress(b"")), DAMAGED)
     yield Specimen("png with a short header", PNG_MAGIC + chunk(b"IHDR", b"\0\0\0\x10"), DAMAGED)
+    false_head, rows = ihdr(16, 16)[8:-4], zlib.compress(bytes((1 + 3 * 64) * 63))
+    for name, head in (("behind another", ihdr(16, 16)), ("behind a comment", chunk(b"teXt", false_head))):
+        hidden = PNG_MAGIC + head + ihdr(64, 64) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+        yield Specimen(f"png with too few rows for a header {name}", hidden, DAMAGED)
     yield Specimen("png of width zero", png(0, 16, b""), DAMAGED)
     yield Specimen("jpeg of a start only", b"\xff\xd8\xff\xd9", DAMAGED)
     yield Specimen("jpeg without a frame", b"\xff\xd8" + _segment(0xDA, bytes([1, 1, 0, 0, 63, 0])), DAMAGED)

@@ -44,6 +44,8 @@ def read(url: str, name: str | None = None, region: str | None = None):
          "https://pics.s3.amazonaws.com", "pics", "us-east-1", "virtual"),
         ("https://pics.s3-us-west-2.amazonaws.com", None,
          "https://pics.s3-us-west-2.amazonaws.com", "pics", "us-west-2", "virtual"),
+        ("https://s3.eu-west-1.amazonaws.com./pics", None,
+         "https://pics.s3.eu-west-1.amazonaws.com", "pics", "eu-west-1", "virtual"),
         ("https://my.pics.s3.eu-west-1.amazonaws.com", None,
          "https://s3.eu-west-1.amazonaws.com", "my.pics", "eu-west-1", "path"),
         ("https://s3.cn-north-1.amazonaws.com.cn/pics", None,
@@ -93,6 +95,8 @@ def test_bucket_region_setting_goes_before_the_endpoints() -> None:
         ("https://store.example/pics?region=x", None, "BUCKET_ENDPOINT_URL: must end after the bucket"),
         ("https://store.example/p!", None, "BUCKET_NAME: is not a bucket name"),
         ("https://store.example:port/pics", None, "BUCKET_ENDPOINT_URL: is not a URL"),
+        ("https://store.example:0/pics", None, "BUCKET_ENDPOINT_URL: is not a URL"),
+        ("https://store.example/" + "a" * 8192, None, "BUCKET_ENDPOINT_URL: is longer than 8192 characters"),
         ("store.example/pics", None,
          "BUCKET_ENDPOINT_URL: must be a URL such as https://s3.us-west-2.amazonaws.com"),
         ("https://user:pass@store.example/pics", None,
@@ -136,6 +140,19 @@ def test_bucket_from_request_lists_every_problem_at_once() -> None:
     assert "bad secret" not in caught.value.sentence
 
 
+def test_bucket_from_request_counts_unknown_fields_that_are_too_many_to_name() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        bucket_from_request(GOOD | {f"x{number}": 1 for number in range(23)}, allow=())
+    problems = [str(problem) for problem in caught.value.problems]
+    assert problems[19:] == ["s3Config: 'x19' is not a field", "s3Config: 3 more fields are unknown"]
+
+
+def test_bucket_from_request_shows_a_long_name_cut_and_printable() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        bucket_from_request(GOOD | {"\n" + "x" * 99: 1}, allow=())
+    assert caught.value.sentence == f"s3Config: '\\n{'x' * 38}…' is not a field"
+
+
 @pytest.mark.parametrize("value", ["text", 7, [], True, ["accessId"]])
 def test_bucket_from_request_refuses_what_is_no_object(value) -> None:
     with pytest.raises(InvalidInput, match="s3Config: must be an object"):
@@ -156,6 +173,8 @@ def test_bucket_from_request_refuses_what_is_no_object(value) -> None:
         "ftp://1.1.1.1",
         "https://1.1.1.1\\@10.0.0.1",
         "https://1.1.1.1:22",
+        "https://1.1.1.1:0",
+        "https://1.1.1.1/" + "a" * 8192,
     ],
 )
 def test_bucket_from_request_refuses_an_endpoint_inside_or_in_the_clear(url) -> None:

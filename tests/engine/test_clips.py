@@ -1,4 +1,3 @@
-import base64
 import math
 import random
 import struct
@@ -10,10 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from av.bitstream import BitStreamFilterContext
 
 from engine import clips, decode_child
-from engine.clips import Clip, decode_clip, load_clip
+from engine.clips import Clip, decode_clip
 from schemas.errors import InvalidMedia
 
 DAMAGED = "the video is damaged, cut short or without pictures"
@@ -274,14 +273,36 @@ def test_decode_clip_judges_a_picture_that_grows_in_the_middle():
     small, large = (
         clip(8, height=48 * factor, width=64 * factor, form="h264", options={"bf": "0", "g": "8"}) for factor in (1, 2)
     )
+    assert verdict(in_matroska(small + large), 12) == DAMAGED
+
+
+def test_decode_clip_judges_a_picture_that_turns_in_the_middle():
+    """As many bytes, but one frame is shown as 48 x 64 and the others as 64 x 48."""
+    upright = clip(8, form="h264", options={"bf": "0", "g": "8"})
+    assert verdict(in_matroska(upright + upright), 12) is None
+    assert verdict(in_matroska(upright + beginning_with_a_turn(upright)), 12) == DAMAGED
+
+
+def in_matroska(h264: bytes) -> bytes:
+    """The bare stream in a file whose head says what the stream's beginning says."""
     file = BytesIO()
-    with av.open(BytesIO(small + large), format="h264") as source, av.open(file, "w", format="matroska") as output:
+    with av.open(BytesIO(h264), format="h264") as source, av.open(file, "w", format="matroska") as output:
         stream = output.add_stream_from_template(source.streams.video[0])
         for index, packet in enumerate(source.demux(video=0)):
             if packet.size:
                 packet.stream, packet.pts, packet.dts = stream, index, index
                 output.mux(packet)
-    assert verdict(file.getvalue(), 12) == DAMAGED
+    return file.getvalue()
+
+
+def beginning_with_a_turn(h264: bytes) -> bytes:
+    """The stream with a message on its key frame that turns this frame by 90 degrees."""
+    with av.open(BytesIO(h264), format="h264") as source:
+        turn = BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=90", source.streams.video[0])
+        turned = [
+            bytes(out) for packet in source.demux(video=0) for out in turn.filter(packet if packet.size else None)
+        ]
+    return b"".join(turned)
 
 
 @pytest.mark.parametrize("kind", ["mp4 h264", "mp4 h264 with its index in front", "mkv h264", "webm vp9"])
@@ -330,17 +351,27 @@ def test_decode_clip_ends_a_clip_that_is_dear_to_decode():
     assert time.monotonic() - started < 20.5
 
 
-def test_load_clip_takes_urls_data_uris_and_base64(mp4):
-    text = base64.b64encode(mp4).decode()
-    for value in ("https://h/a.mp4", f"data:video/mp4;base64,{text}", text):
-        frames = load_clip(value, fetch=lambda _: mp4, max_bytes=2**20, last_frames=3)
-        assert len(frames) == 3
-        assert isinstance(frames[0], Image.Image)
+def test_child_holds_one_frame_at_a_time_as_rgb(mp4, monkeypatch):
+    made = []
+    to_rgb = decode_child._frame_to_rgb
+    monkeypatch.setattr(decode_child, "_frame_to_rgb", lambda *frame: made.append(None) or to_rgb(*frame))
+    rules = {
+        "last_frames": 9,
+        "max_frames": 24,
+        "max_duration_s": 9,
+        "max_pixels": 2**16,
+        "max_side": 99,
+        "min_side": 9,
+    }
+    decoded = decode_child.decode_clip(mp4, "mov", rules)
+    assert len(made) == 1
+    assert [len(made) for _ in decoded.pixels] == list(range(1, 10))
 
 
-def test_load_clip_keeps_to_the_limit_on_bytes(mp4):
-    with pytest.raises(InvalidMedia, match="holds more than 100 bytes"):
-        load_clip(base64.b64encode(mp4).decode(), fetch=None, max_bytes=100, last_frames=1)
+@pytest.mark.soak
+def test_decode_clip_takes_the_most_frames_of_the_largest_size():
+    data = clip(40, height=2304, width=4096, options={"preset": "ultrafast", "g": "12"})
+    assert len(decode_clip(data, 25).frames) == 25  # overlap 20, and 5 that are encoded with them
 
 
 def test_codecs_by_the_list_are_all_there():

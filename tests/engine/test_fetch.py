@@ -1,6 +1,7 @@
 """Fetching against real loopback peers. `public_loopback` makes 127.0.0.1 public, so that only the guard under test
 stands between a URL and a listener; every guard is also shown to matter by a run without it."""
 
+import errno
 import gzip
 import socket
 import ssl
@@ -13,11 +14,11 @@ from urllib.request import build_opener
 
 import pytest
 
-from engine import addresses, fetch
+from engine import addresses, connection, fetch
 from engine.fetch import UNREACHABLE, check_endpoint
 from schemas.errors import FetchFailed
 from tests.figures import Figure
-from tests.servers.http_peer import Peer, redirect, serve
+from tests.servers.http_peer import Peer, redirect, send_raw, serve
 
 pytest_plugins = ["tests.figures"]
 
@@ -178,11 +179,61 @@ def test_fetch_tries_the_next_address_when_one_is_closed(monkeypatch):
         assert fetch.fetch(f"http://h:{peer.port}/", resolve=names({"h": [FORBIDDEN, GOOD]})) == b"second"
 
 
+def test_fetch_tries_the_next_address_when_the_system_has_no_such_family(monkeypatch):
+    real = socket.socket
+
+    def without_ipv6(family=socket.AF_INET, *rest, **options):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *rest, **options)
+
+    monkeypatch.setattr(addresses, "is_public", lambda _: True)
+    monkeypatch.setattr(addresses, "PUBLIC_PORTS", range(65_536))
+    with Peer(serve(b"second")) as peer:
+        monkeypatch.setattr(socket, "socket", without_ipv6)
+        assert fetch.fetch(f"http://h:{peer.port}/", resolve=names({"h": ["::1", GOOD]})) == b"second"
+
+
+@pytest.mark.parametrize(("closed", "hits"), [(connection.MAX_TRIES - 1, 1), (connection.MAX_TRIES, 0)])
+def test_fetch_knocks_at_no_more_addresses_of_a_host_than_the_limit(closed, hits, monkeypatch):
+    monkeypatch.setattr(addresses, "is_public", lambda _: True)
+    monkeypatch.setattr(addresses, "PUBLIC_PORTS", range(65_536))
+    found = [*(f"127.0.1.{number}" for number in range(closed)), GOOD]
+    with Peer(serve()) as peer, suppress(FetchFailed):
+        fetch.fetch(f"http://h:{peer.port}/", resolve=names({"h": found}))
+    assert peer.hits == hits
+
+
+def test_fetch_gives_the_place_of_a_lookup_back_when_no_thread_can_be_started(monkeypatch):
+    def no_thread(_self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection.threading.Thread, "start", no_thread)
+        for _ in range(connection.MAX_LOOKUPS):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                fetch.fetch("http://127.0.0.1/", timeout_s=2)
+    with Peer(serve(b"after")) as peer:
+        assert fetch.fetch(peer.url(), timeout_s=5, allow=peer.allow) == b"after"
+
+
 @pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])
 def test_fetch_follows_a_redirect_to_an_allowed_place(status, public_loopback):
     with Peer(serve(b"there")) as there, Peer(redirect(there.url("/x"), status)) as here:
         assert fetch.fetch(here.url()) == b"there"
     assert there.requests[0].startswith("GET /x HTTP/1.1\r\n")
+
+
+def test_fetch_follows_a_redirect_that_is_not_ascii_as_utf8(public_loopback):
+    with Peer(serve(b"there")) as there, Peer(redirect(there.url("/f\u00fc\u732b"))) as here:
+        assert fetch.fetch(here.url()) == b"there"
+    assert there.requests[0].startswith("GET /f%C3%BC%E7%8C%AB HTTP/1.1\r\n")
+
+
+def test_fetch_refuses_a_redirect_that_is_not_utf8(public_loopback):
+    with Peer(send_raw(b"HTTP/1.1 302 Found\r\nLocation: /\xff\r\n\r\n")) as here, pytest.raises(FetchFailed) as caught:
+        fetch.fetch(here.url())
+    assert caught.value.sentence == "the URL redirects to a malformed one"
 
 
 @pytest.mark.parametrize("status", ["301 M", "302 F", "303 S", "307 T", "308 P"])

@@ -21,6 +21,8 @@ from tests.servers.http_peer import Peer, hold, redirect, send_for_ever, send_ra
 pytest_plugins = ["tests.figures"]
 
 OK_HEAD = b"HTTP/1.1 200 OK\r\n"
+ROOM_S = 10.0
+"""How late a busy machine may be. Without the guard under test these peers would go on for a minute or for ever."""
 
 
 def refused(peer: Peer, **options: Any) -> float:
@@ -57,19 +59,19 @@ def test_fetch_ends_within_its_budget_when_the_peer_sends(what):
     with Peer(SLOW[what]) as peer:
         started = time.monotonic()
         with pytest.raises(FetchFailed) as caught:
-            fetch.fetch(peer.url(), timeout_s=0.4, allow=peer.allow)
-        assert time.monotonic() - started < 1.4
+            fetch.fetch(peer.url(), timeout_s=1.0, allow=peer.allow)
+        assert time.monotonic() - started < 1.0 + ROOM_S
     assert caught.value.sentence == TOO_SLOW
 
 
 def test_fetch_would_not_end_with_a_limit_on_each_read_only(monkeypatch):
-    monkeypatch.setattr(connection.Deadline, "left_s", lambda _: 0.4)
+    monkeypatch.setattr(connection.Deadline, "left_s", lambda _: ROOM_S)
     with Peer(SLOW["a byte of the body now and then"]) as peer:
         thread = threading.Thread(target=refused, args=(peer,), daemon=True)
         thread.start()
         thread.join(2.0)
         assert thread.is_alive()
-    thread.join(5.0)
+    thread.join(ROOM_S)
 
 
 def test_fetch_ends_within_its_budget_when_tls_stalls():
@@ -77,7 +79,7 @@ def test_fetch_ends_within_its_budget_when_tls_stalls():
         started = time.monotonic()
         with pytest.raises(FetchFailed) as caught:
             fetch.fetch(peer.url().replace("http:", "https:"), timeout_s=0.4, allow=peer.allow)
-        assert time.monotonic() - started < 1.4
+        assert time.monotonic() - started < 0.4 + ROOM_S
     assert caught.value.sentence == UNREACHABLE
 
 
@@ -90,15 +92,15 @@ def test_fetch_ends_within_its_budget_when_redirects_are_slow():
         started = time.monotonic()
         with pytest.raises(FetchFailed) as caught:
             fetch.fetch(peer.url(), timeout_s=0.6, allow=peer.allow)
-        assert time.monotonic() - started < 1.6
-    assert caught.value.sentence == TOO_SLOW
+    assert 0.6 <= time.monotonic() - started < 0.6 + ROOM_S
+    assert caught.value.sentence in (TOO_SLOW, UNREACHABLE)  # the latter if the time was up between two redirects
 
 
 def test_fetch_leaves_a_slow_resolver_behind_in_bounded_number():
     release = threading.Event()
 
     def slow(host: str, port: int) -> list[str]:
-        release.wait(10)
+        release.wait(60)
         return ["127.0.0.1"]
 
     before = threading.active_count()
@@ -106,10 +108,10 @@ def test_fetch_leaves_a_slow_resolver_behind_in_bounded_number():
         with ThreadPoolExecutor(20) as pool:
             seconds = list(pool.map(lambda _: refused(peer, timeout_s=0.4, resolve=slow), range(20)))
         assert peer.hits == 0
-    assert max(seconds) < 1.4
+    assert max(seconds) < 0.4 + ROOM_S
     assert threading.active_count() - before <= connection.MAX_LOOKUPS
     release.set()
-    wait_until(lambda: threading.active_count() == before)
+    wait_until(lambda: threading.active_count() <= before)
     with Peer(serve(b"after")) as peer:
         assert fetch.fetch(peer.url(), allow=peer.allow) == b"after"
 
@@ -119,9 +121,8 @@ def test_fetch_leaves_no_thread_and_no_descriptor_after_slow_peers_in_parallel()
         before = descriptors(), threading.active_count()
         with ThreadPoolExecutor(20) as pool:
             seconds = list(pool.map(lambda _: refused(peer, timeout_s=0.5), range(20)))
-    assert max(seconds) < 1.5
-    wait_until(lambda: descriptors() <= before[0])
-    assert threading.active_count() <= before[1]
+    assert max(seconds) < 0.5 + ROOM_S
+    wait_until(lambda: descriptors() <= before[0] and threading.active_count() <= before[1])
 
 
 @pytest.mark.soak
@@ -179,8 +180,8 @@ def test_fetch_stops_at_the_cap_when_the_peer_sends(what):
 def test_fetch_would_fill_the_memory_without_the_cap():
     with Peer(OVERSIZED["a body without an end"]) as peer:
         before = peak_kib(reset=True)
-        with pytest.raises(FetchFailed, match="took too long"):
-            fetch.fetch(peer.url(), timeout_s=2.0, max_bytes=2**40, allow=peer.allow)
+        with pytest.raises(FetchFailed, match="larger than"):
+            fetch.fetch(peer.url(), timeout_s=60.0, max_bytes=2**26, allow=peer.allow)
         assert peak_kib() - before > 32 * 1024
 
 
@@ -204,6 +205,8 @@ def test_fetch_reads_only_what_was_declared():
 MALFORMED = {
     "less than it declared": OK_HEAD + b"Content-Length: 10\r\n\r\nabc",
     "a chunked body that ends early": OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabc",
+    "a chunk of negative size": OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n0\r\n\r\n",
+    "a chunk of size minus one": OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\nabc\r\n0\r\n\r\n",
     "a chunk of no size": OK_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n",
     "nothing": b"",
     "a web page without a head": b"<html></html>",
@@ -228,7 +231,7 @@ def test_fetch_raises_nothing_but_its_own_error_for_mutated_answers():
     for _ in range(300):
         answer = bytearray(good)
         for _ in range(draw.randint(1, 6)):
-            answer[draw.randrange(len(answer))] = draw.choice(b"\0\r\n :0159afHT\xff")
+            answer[draw.randrange(len(answer))] = draw.choice(b"\0\r\n :-0159afHT\xff")
         with Peer(send_raw(bytes(answer))) as peer:
             try:
                 outcomes.add(type(fetch.fetch(peer.url(), timeout_s=2, max_bytes=1000, allow=peer.allow)))
@@ -245,6 +248,7 @@ def test_fetch_raises_nothing_but_its_own_error_for_mutated_answers():
         "Content-Encoding: zstd",
         "Content-Encoding: gzip, identity",
         "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: chunked ",  # which http.client does not take for chunked
     ],
 )
 def test_fetch_refuses_a_compressed_answer_unread(header):
@@ -312,8 +316,8 @@ def peak_kib(*, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def wait_until(holds, timeout_s: float = 5.0) -> None:
-    ends = time.monotonic() + timeout_s
+def wait_until(holds) -> None:
+    ends = time.monotonic() + ROOM_S
     while not holds():
         assert time.monotonic() < ends, "it never came to hold"
         time.sleep(0.01)

@@ -30,6 +30,9 @@ def guest_of(bucket: Bucket, *allow: str) -> Objects:
     return connect(replace(bucket, labels=REQUEST, guest_allow=allow or (bucket.endpoint_url.split("//")[1],)))
 
 
+ROOM_S = 15.0
+"""How late a busy machine may be. Without the guard under test these servers would keep the worker for 30 s or more."""
+
 over = threading.Event()
 """Set when a test is done with its server, so that no server sleeps on."""
 
@@ -133,7 +136,7 @@ def test_guest_whose_name_takes_for_ever_is_left_when_the_connection_has_had_its
         started = time.monotonic()
         with pytest.raises(StoreUnwell):
             read(guest_of(slow))
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < ROOM_S
         assert lasted == []
 
 
@@ -169,7 +172,7 @@ def test_guest_whose_tls_stalls_is_left_when_the_connection_has_had_its_time(mon
         started = time.monotonic()
         with pytest.raises(StoreUnwell):
             read(guest_of(replace(slow, endpoint_url=slow.endpoint_url.replace("http:", "https:"))))
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < ROOM_S
 
 
 def test_guest_is_reached_at_the_next_address_when_one_is_closed(proxy, bucket, monkeypatch) -> None:
@@ -195,7 +198,7 @@ def test_guest_that_drips_is_left_when_the_request_has_had_its_time(talk, monkey
         started = time.monotonic()
         with pytest.raises(StoreUnwell):
             read(guest_of(slow))
-        assert time.monotonic() - started < 10.0
+        assert time.monotonic() - started < ROOM_S
 
 
 def test_guest_that_never_reads_is_left_when_the_request_has_had_its_time(monkeypatch) -> None:
@@ -204,7 +207,7 @@ def test_guest_that_never_reads_is_left_when_the_request_has_had_its_time(monkey
         started = time.monotonic()
         with pytest.raises(StoreUnwell):
             guest_of(slow).create("a", b"x" * 16 * 2**20, "video/mp4", "0", Patience.lasting(0.0))
-        assert time.monotonic() - started < 10.0
+        assert time.monotonic() - started < ROOM_S
 
 
 @pytest.mark.parametrize(
@@ -227,6 +230,17 @@ def test_guest_that_floods_is_cut_off(head) -> None:
         while not lasted:
             time.sleep(0.01)
     assert sum(sent) < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [read, lambda objects: objects.unfinished_uploads("a", Patience.lasting(0.0))],
+    ids=["in a stream", "in an answer"],
+)
+def test_guest_that_names_a_chunk_of_negative_size_is_unwell(ask) -> None:
+    lying = OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n0\r\n\r\n"
+    with listener(lambda connection: connection.sendall(lying)) as (store, _), pytest.raises(StoreUnwell):
+        ask(guest_of(store))
 
 
 def self_signed(folder: Path) -> ssl.SSLContext:
@@ -261,11 +275,16 @@ def test_a_certificate_that_nobody_signed_is_refused_at_once(tmp_path, is_guest)
                 with suppress(OSError):
                     context.wrap_socket(connection, server_side=True).close()
 
-    threading.Thread(target=serve, daemon=True).start()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
     bucket = bucket_at(f"https://127.0.0.1:{server.getsockname()[1]}")
     objects = guest_of(bucket) if is_guest else connect(bucket)
-    started = time.monotonic()
-    with pytest.raises(StoreRefused, match="the store's certificate is not valid"):
-        objects.read("a", 100, Patience.lasting(60.0))
-    assert time.monotonic() - started < 2.0
-    server.close()
+    try:
+        started = time.monotonic()
+        with pytest.raises(StoreRefused, match="the store's certificate is not valid"):
+            objects.read("a", 100, Patience.lasting(60.0))
+        assert time.monotonic() - started < ROOM_S
+    finally:
+        server.shutdown(socket.SHUT_RDWR)  # a close alone would leave the thread waiting in accept()
+        server.close()
+        thread.join(timeout=5)

@@ -1,4 +1,3 @@
-import base64
 import subprocess
 import sys
 import textwrap
@@ -12,10 +11,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from engine import decode_child, pictures, sandbox
-from engine.pictures import decode_picture, encode_picture, fit_picture, has_too_many_scans, load_picture, write_picture
-from schemas.errors import BadOutput, EncodingFailed, FetchFailed, InvalidMedia
+from engine.pictures import decode_picture, encode_picture, fit_picture, has_too_many_scans, write_picture
+from schemas.errors import BadOutput, DiskFull, EncodingFailed, InvalidMedia
 from tests.figures import Figure, Worst
-from tests.zoo import QUARTERS, TOO_LARGE, TOO_SMALL, photo, png, save, scan_bomb, zoo
+from tests.zoo import DAMAGED, QUARTERS, TOO_LARGE, TOO_SMALL, photo, png, save, scan_bomb, zoo
 
 pytest_plugins = ["tests.figures"]
 
@@ -36,9 +35,7 @@ def test_zoo_is_large_enough_to_mean_something():
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
 def test_decode_picture_judges(specimen):
-    started = time.monotonic()
     assert verdict(specimen.data) == specimen.verdict
-    assert time.monotonic() - started < 5.5
 
 
 def test_decode_picture_would_make_100_megabytes_of_5_kilobytes_without_the_pixel_limit(monkeypatch):
@@ -92,9 +89,9 @@ def test_zoo_costs_the_parent_no_memory_and_no_child_more_than_its_limit(every, 
 def test_decode_picture_refuses_a_scan_bomb_before_decoding(scans, monkeypatch):
     data = scan_bomb(scans)
     monkeypatch.setattr(sandbox, "decode", None)
-    started = time.process_time()
+    started = time.thread_time()  # of this thread: servers of other tests may be at work
     assert verdict(data) == "the JPEG has more than 64 scans"
-    assert time.process_time() - started < 0.05
+    assert time.thread_time() - started < 0.05
 
 
 def test_decode_picture_would_take_long_over_a_scan_bomb_without_that(monkeypatch):
@@ -167,29 +164,11 @@ def test_worst_pictures_are_decoded_or_refused_in_time(name, figure: Figure):
     assert seconds < 5.5
 
 
-@pytest.mark.parametrize("declared", ["image/png", "image/gif", "image/x-nonsense"])
-def test_load_picture_judges_by_content_whatever_is_declared(declared):
-    for form in ("PNG", "JPEG", "WEBP"):
-        value = f"data:{declared};base64,{base64.b64encode(save(photo(), form)).decode()}"
-        assert load_picture(value, fetch=None, max_bytes=2**20).size == (64, 48)
-    gif = f"data:{declared};base64,{base64.b64encode(save(photo(), 'GIF')).decode()}"
-    with pytest.raises(InvalidMedia, match="not a PNG, JPEG or WebP picture"):
-        load_picture(gif, fetch=None, max_bytes=2**20)
-
-
-def test_load_picture_takes_a_url_through_fetch():
-    data = save(photo(), "PNG")
-    image = load_picture("https://h/a.png", fetch=lambda _: data, max_bytes=2**20)
-    assert image.mode == "RGB"
-    assert image.tobytes() == photo().tobytes()
-
-
-def test_load_picture_passes_on_that_a_url_failed():
-    def fail(url: str) -> bytes:
-        raise FetchFailed("gone")
-
-    with pytest.raises(FetchFailed, match="gone"):
-        load_picture("https://h/a.png", fetch=fail, max_bytes=2**20)
+def test_decode_picture_calls_it_damaged_when_the_child_gives_a_reason_that_pictures_do_not_have(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    child.write_text('print(\'{"refused": "codec"}\')')
+    monkeypatch.setattr(sandbox, "CHILD", child)
+    assert verdict(save(photo(), "PNG")) == DAMAGED
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
@@ -262,6 +241,21 @@ def test_write_picture_refuses_one_flat_colour(tmp_path):
 def test_write_picture_says_when_the_disk_does_not_take_it(tmp_path):
     with pytest.raises(EncodingFailed, match="could not be written"):
         write_picture(np.asarray(photo()), tmp_path / "missing" / "image_0", "png", 90)
+
+
+def test_write_picture_says_when_the_disk_is_full(tmp_path):
+    (tmp_path / "image_0.png").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match=r"^the worker's disk is full$"):
+        write_picture(np.asarray(photo()), tmp_path / "image_0", "png", 90)
+
+
+def test_write_picture_sees_a_file_that_was_broken_on_the_disk(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    whole = encode_picture(Image.fromarray(noise), "png", 90)
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: whole[:second] + b"\0\0\0\0" + whole[second + 4 :])
+    with pytest.raises(EncodingFailed, match="could not be written"):
+        write_picture(noise, tmp_path / "image_0", "png", 90)
 
 
 def test_write_picture_sees_a_file_that_does_not_read_back(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ BAD = [
     "http://[fe80::1%25eth0]/", "http://[fe80::1%eth0]/", "http://[127.0.0.1]/", "http://[v1.x]/", "http://[]/",
     "http://a..b/", "http://.a/", f"http://{'a' * 64}.com/", f"http://{'a.' * 130}com/", "http://%31%32%37.0.0.1/",
     "http://exa%00mple.com/", "http://a,b/", "http://a;b/", "http://a/" + "x" * 8192, "http://ex*mple.com/",
+    "http://fa\u00df.de/", "http://FA\u1e9e.de/", "http://a\u03c2.gr/",
 ]  # fmt: skip
 
 
