@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from engine.outputs import MediaFile
+from schemas.errors import EncodingFailed
+
+UNREADABLE = "the finished file cannot be read from the worker's disk"
 
 _NAME = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*\.[a-z0-9]+")
 
@@ -37,6 +40,7 @@ class Store(Protocol):
         Raises:
             DeliveryFailed: names the key; `retryable` says whether the same request may succeed later.
             OutputTooLarge: only the response could carry the file, and it is too large for that.
+            EncodingFailed: the file on the worker's disk is gone, or not the one that was verified.
         """
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
@@ -72,7 +76,12 @@ def with_suffix(key: str, suffix: str) -> str:
 
 
 def data_uri(file: MediaFile) -> str:
-    return f"data:{file.content_type};base64,{base64.b64encode(file.path.read_bytes()).decode('ascii')}"
+    """Raises EncodingFailed: the file cannot be read."""
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        raise EncodingFailed(UNREADABLE) from error
+    return f"data:{file.content_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def data_uri_bytes(file: MediaFile) -> int:

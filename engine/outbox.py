@@ -16,17 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from engine.outputs import MediaFile
-from schemas.errors import DeliveryFailed, SettingsError
+from schemas.errors import DeliveryFailed, EncodingFailed, SettingsError
 
 COPY_BYTES = 2**20
 STALE_S = 3600.0
 """A hidden folder older than this belongs to a worker that was killed while it wrote or removed it."""
 
 _ENTRY_NAME = re.compile(r"[0-9a-f]{32}")
+_FACTS = frozenset(fact.name for fact in fields(MediaFile)) - {"path"}
 _log = logging.getLogger(__name__)
 
 
@@ -64,15 +65,16 @@ def keep(folder: Path, entry: Entry) -> None:
         work = Path(tempfile.mkdtemp(prefix=".in-", dir=folder))
         try:
             _write(work, entry)
-            with suppress(OSError):  # the very same file is in already, perhaps since a moment ago
+            try:
                 work.rename(target)
+            except OSError:
+                if not target.is_dir():  # otherwise the very same file is in already, perhaps since a moment ago
+                    raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
         _sync_folder(folder)
     except OSError as error:
         raise DeliveryFailed(f"the outbox could not keep {entry.key} ({error.strerror})") from error
-    if not target.is_dir():
-        raise DeliveryFailed(f"the outbox could not keep {entry.key}")
     _log.warning("outbox keeps %s, %d bytes", entry.key, entry.file.size_bytes)
 
 
@@ -90,16 +92,17 @@ def sweep(folder: Path, deliver: Callable[[Entry], None]) -> int:
             continue
         try:
             deliver(entry)
+            delivered += 1
+            _remove(place)
         except DeliveryFailed as error:
             _log.warning("outbox: %s stays: %s", entry.key, error.sentence)
             if error.retryable:
                 break
+        except EncodingFailed as error:  # it has changed since it was read; the next sweep will find it damaged
+            _log.error("outbox: %s stays: %s", entry.key, error.sentence)
         except OSError as error:
             if place.exists():  # otherwise another worker delivered it meanwhile
-                _log.error("outbox: %s stays, it cannot be read: %s", entry.key, error.strerror)
-        else:
-            _remove(place)
-            delivered += 1
+                _log.error("outbox: %s stays, it cannot be read or removed: %s", entry.key, error.strerror)
     return delivered
 
 
@@ -137,13 +140,18 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _read(place: Path) -> Entry | None:
-    """The entry, its file's hash checked; None if it is gone or has just been set aside."""
+    """The entry, its file's size and hash checked; None if it is gone or has just been set aside.
+
+    A later version of the worker may have written more about the file than this one knows.
+    """
     try:
         record = json.loads((place / "entry.json").read_bytes())
-        file = MediaFile(path=place / "file", **record["file"])
+        facts = {name: value for name, value in record["file"].items() if name in _FACTS}
+        file = MediaFile(path=place / "file", **facts)
         entry = Entry(str(record["key"]), file)
         with file.path.open("rb") as source:
-            if hashlib.file_digest(source, "sha256").hexdigest() == file.sha256:
+            is_size = os.fstat(source.fileno()).st_size == file.size_bytes
+            if is_size and hashlib.file_digest(source, "sha256").hexdigest() == file.sha256:
                 return entry
     except FileNotFoundError:
         if not place.exists():
@@ -151,7 +159,7 @@ def _read(place: Path) -> Entry | None:
     except OSError as error:
         _log.error("outbox: %s stays, it cannot be read: %s", place.name, error.strerror)
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _log.error("outbox: the record in %s cannot be read: %s", place.name, type(error).__name__)
     _log.error("outbox: %s is damaged and was set aside", place.name)
     with suppress(OSError):

@@ -7,8 +7,6 @@ from typing import Any
 
 from engine.delivery import Delivered
 
-MAX_BYTES = 2**20
-
 
 @dataclass(frozen=True)
 class Record:

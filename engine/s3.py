@@ -12,10 +12,9 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from http.client import HTTPException
 from typing import Any, TypeVar
 
@@ -39,7 +38,10 @@ READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a store may be unwell. `pause` sleeps between tries and may raise to end the wait."""
+    """How long a store may be unwell. `pause` sleeps between tries and may raise to end the wait.
+
+    A file in parts calls it with 0 before each of them: a cancel or a deadline must not wait for the last one.
+    """
 
     until: float
     """On the clock of `time.monotonic`."""
@@ -107,26 +109,24 @@ class Objects:
 
     def start_upload(self, key: str, content_type: str, sha256: str, patience: Patience) -> str:
         """Begin a multipart upload and return its id."""
-        answer = self._ask(
+        return self._ask(
             patience,
             lambda client: client.create_multipart_upload(
                 Bucket=self.bucket.name, Key=key, ContentType=content_type, Metadata={"sha256": sha256}
-            ),
+            )["UploadId"],
         )
-        return str(answer["UploadId"])
 
     def put_part(self, key: str, upload_id: str, number: int, body: bytes, patience: Patience) -> str:
-        """Send one part and return its ETag."""
-        answer = self._ask(
+        """Send one part and return its ETag. Raises UploadGone."""
+        return self._ask(
             patience,
             lambda client: client.upload_part(
                 Bucket=self.bucket.name, Key=key, UploadId=upload_id, PartNumber=number, Body=body
-            ),
+            )["ETag"],
         )
-        return str(answer["ETag"])
 
     def finish_upload(self, key: str, upload_id: str, etags: list[str], patience: Patience) -> None:
-        """Make the parts an object where none stands. Raises KeyTaken, also if a try went unheard."""
+        """Make the parts an object where none stands. Raises KeyTaken or UploadGone, also if a try went unheard."""
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         self._create(
             key,
@@ -142,7 +142,11 @@ class Objects:
 
     def abort_upload(self, key: str, upload_id: str, patience: Patience) -> None:
         """End an upload; one that is gone has ended."""
-        patience.persist(lambda: self._abort_upload(key, upload_id))
+        with suppress(UploadGone, KeyMissing):
+            self._ask(
+                patience,
+                lambda client: client.abort_multipart_upload(Bucket=self.bucket.name, Key=key, UploadId=upload_id),
+            )
 
     def unfinished_uploads(self, key: str, patience: Patience) -> list[str]:
         """Ids of the multipart uploads begun under exactly this key."""
@@ -151,25 +155,32 @@ class Objects:
 
     def head(self, key: str, patience: Patience) -> Head:
         """Raises KeyMissing."""
-        answer = self._ask(patience, lambda client: client.head_object(Bucket=self.bucket.name, Key=key))
-        etag = str(answer.get("ETag", "")).strip('"')
-        return Head(answer["ContentLength"], etag, answer.get("Metadata", {}).get("sha256"))
+
+        def ask_head(client: Any) -> Head:
+            answer = client.head_object(Bucket=self.bucket.name, Key=key)
+            metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+            return Head(answer["ContentLength"], str(answer.get("ETag", "")).strip('"'), metadata.get("sha256"))
+
+        return self._ask(patience, ask_head)
 
     def read(self, key: str, max_bytes: int, patience: Patience) -> bytes:
         """The object's bytes, at most `max_bytes` of them. Raises KeyMissing."""
-        return self._ask(
-            patience,
-            lambda client: client.get_object(Bucket=self.bucket.name, Key=key)["Body"].read(max_bytes),
-        )
+
+        def read_some(client: Any) -> bytes:
+            answer = client.get_object(Bucket=self.bucket.name, Key=key)
+            with closing(answer["Body"]) as body:
+                return _whole(body.read(max_bytes), min(answer.get("ContentLength", 0), max_bytes))
+
+        return self._ask(patience, read_some)
 
     def sha256_of(self, key: str, patience: Patience) -> str:
         """Read the whole object back, a piece at a time."""
 
         def read_all(client: Any) -> str:
             digest = hashlib.sha256()
-            body = client.get_object(Bucket=self.bucket.name, Key=key)["Body"]
-            for piece in body.iter_chunks(READ_BYTES):
-                digest.update(piece)
+            with closing(client.get_object(Bucket=self.bucket.name, Key=key)["Body"]) as body:
+                for piece in body.iter_chunks(READ_BYTES):
+                    digest.update(piece)
             return digest.hexdigest()
 
         return self._ask(patience, read_all)
@@ -200,7 +211,9 @@ class Objects:
             answer = session.send(AWSRequest("GET", url).prepare())
             if answer.status_code >= 500 and answer.status_code != 501:
                 raise StoreUnwell(f"the store is failing (status {answer.status_code})")
-            return bytes(answer.content) if answer.status_code == 200 else None
+            if answer.status_code != 200:
+                return None
+            return _whole(answer.content, int(answer.headers.get("Content-Length", 0)))
 
         try:
             return self._ask(patience, open_it)
@@ -216,9 +229,8 @@ class Objects:
                 answer = client.head_bucket(Bucket=self.bucket.name)
             except ClientError as error:
                 answer = error.response
-            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-            ours = datetime.now(UTC)
-            return (ours - parsedate_to_datetime(date)).total_seconds() if date else 0.0
+            date = parsedate_tz(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
+            return time.time() - mktime_tz(date) if date else 0.0
 
         return self._ask(patience, ask_date)
 
@@ -234,6 +246,8 @@ class Objects:
             return call(self._client)
         except (BotoCoreError, ClientError, ResponseParserError, OSError, HTTPException) as error:
             raise understand(error, self.bucket.labels) from error
+        except KeyError as error:  # something between us and the store may say 200 on its own
+            raise StoreUnwell("the store's answer lacks what such an answer has") from error
 
     def _create(self, key: str, patience: Patience, write: Callable[[Any, dict[str, str]], object]) -> None:
         if self._has_conditions:
@@ -247,13 +261,12 @@ class Objects:
             raise KeyTaken("the key is taken")
         self._ask(patience, lambda client: write(client, {}))
 
-    def _abort_upload(self, key: str, upload_id: str) -> None:
-        try:
-            self._ask_once(
-                lambda client: client.abort_multipart_upload(Bucket=self.bucket.name, Key=key, UploadId=upload_id)
-            )
-        except (UploadGone, KeyMissing):
-            return
+
+def _whole(body: bytes, size_bytes: int) -> bytes:
+    """The body, unless the connection ended within it, which boto3 reports only of a body read without a limit."""
+    if len(body) < size_bytes:
+        raise StoreUnwell("the store's answer was cut")
+    return body
 
 
 def _client(bucket: Bucket) -> Any:

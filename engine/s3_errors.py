@@ -8,8 +8,8 @@ from schemas.errors import DeliveryFailed
 
 _RETRY_STATUS = frozenset({408, 409, 425, 429})
 _RETRY_CODES = frozenset({
-    "BadDigest", "IncompleteBody", "InternalError", "InvalidPart", "RequestTimeout", "ServiceUnavailable",
-    "SlowDown", "Throttling", "XAmzContentSHA256Mismatch",
+    "BadDigest", "IncompleteBody", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling",
+    "XAmzContentSHA256Mismatch",
 })  # fmt: skip
 
 
@@ -17,14 +17,14 @@ class StoreUnwell(DeliveryFailed):
     """An outage, or a request that was damaged on its way: worth another try."""
 
 
-class UploadGone(StoreUnwell):
-    """A multipart upload is no longer there: finished, or cleaned up by somebody."""
-
-
 class StoreRefused(DeliveryFailed):
     """The store understood and said no. The same request will fail again."""
 
     retryable = False
+
+
+class UploadGone(StoreRefused):
+    """A multipart upload, or a part of it, is no longer there: finished, cleaned up by somebody, or lost."""
 
 
 class KeyTaken(StoreRefused):
@@ -62,8 +62,8 @@ def understand(error: Exception, labels: Labels) -> DeliveryFailed:
 
 
 def _understand_answer(status: int, code: str, labels: Labels) -> DeliveryFailed:
-    if code == "NoSuchUpload":
-        return UploadGone("the upload was cleaned up while it ran")
+    if code in ("NoSuchUpload", "InvalidPart"):
+        return UploadGone("the upload was cleaned up while it ran, or the store lost a part of it")
     if code == "PreconditionFailed" or status in (304, 412):  # 304: MinIO before 2024
         return KeyTaken("the key is taken")
     if code == "NotImplemented" or status == 501:

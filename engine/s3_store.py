@@ -10,16 +10,19 @@ from typing import Any
 
 from engine import outbox
 from engine.bucket import Bucket
-from engine.delivery import Delivered, job_key, with_suffix
+from engine.delivery import UNREADABLE, Delivered, job_key, with_suffix
 from engine.outputs import MediaFile
-from engine.record import MAX_BYTES, Record, make_record, read_record
+from engine.record import Record, make_record, read_record
 from engine.s3 import Objects, Patience, connect
 from engine.s3_errors import KeyMissing, KeyTaken, RightMissing, StoreUnwell
 from engine.upload import upload
-from schemas.errors import DeliveryFailed, JobTimeout, WorkerError, WorkerShutdown
+from schemas.errors import DeliveryFailed, EncodingFailed, JobTimeout, WorkerError, WorkerShutdown
 
 RECORD_S = 5.0
 """How long a job waits for its record, which serves a second coming of the job and not this answer."""
+
+RECORD_BYTES = 32 * 2**20
+"""Largest record that is read. RunPod takes responses up to 20 MB; a chain's `state` alone has 1.2 MB at 1280x720."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class GuestStore:
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
         """Try the keys, no more: a record here could make the worker answer whatever its owner likes."""
         del input_sha256
-        _read(self._objects, self.terms.key(job_key(job_id, "result.json")), self.terms)
+        _read(self._objects, self.terms.key(job_key(job_id, "result.json")), self.terms, max_bytes=1)
         return None
 
     def record(
@@ -166,7 +169,10 @@ class S3Store:
 
 
 def _send(objects: Objects, terms: Terms, file: MediaFile, key: str) -> Delivered:
-    stored = upload(objects, file, key, terms.patience())
+    try:
+        stored = upload(objects, file, key, terms.patience())
+    except OSError as error:
+        raise EncodingFailed(UNREADABLE) from error
     return Delivered(objects.sign(stored, terms.url_expiry_s), stored, "s3", file.sha256, file.size_bytes)
 
 
@@ -175,10 +181,10 @@ def _write(objects: Objects, key: str, record: Record, terms: Terms) -> None:
     objects.create(key, body, "application/json", hashlib.sha256(body).hexdigest(), terms.brief())
 
 
-def _read(objects: Objects, key: str, terms: Terms) -> Record | None:
+def _read(objects: Objects, key: str, terms: Terms, max_bytes: int = RECORD_BYTES) -> Record | None:
     """The record; None if there is none, it may not be read, or the store is unwell: the job goes on."""
     try:
-        return read_record(objects.read(key, MAX_BYTES, terms.brief()))
+        return read_record(objects.read(key, max_bytes, terms.brief()))
     except (KeyMissing, RightMissing):
         return None
     except StoreUnwell as error:

@@ -19,7 +19,7 @@ from engine.s3 import Patience, connect
 from engine.s3_store import GuestStore, S3Store, Terms
 from engine.settings import Settings
 from engine.upload import take_fingerprint, upload
-from schemas.errors import DeliveryFailed, OutputTooLarge
+from schemas.errors import DeliveryFailed, OutputTooLarge, WorkerError
 
 SWEEP_S = 20.0
 """Patience with one entry of the outbox; the next sweep has the same again."""
@@ -58,6 +58,14 @@ def sweep(settings: Settings, *, pause: Callable[[float], None] = time.sleep) ->
         upload(connect(bucket), entry.file, entry.key, Patience.lasting(SWEEP_S, pause))
 
     return outbox.sweep(settings.outbox_dir, deliver)
+
+
+def sweep_outbox(settings: Settings) -> None:
+    """`sweep` beside a worker's jobs. A failure of it is no job's: the next start tries again."""
+    try:
+        sweep(settings)
+    except (WorkerError, OSError) as error:
+        _log.error("the outbox was not swept: %s", error)
 
 
 @dataclass(frozen=True)
@@ -126,13 +134,24 @@ def _place(file: MediaFile, path: Path) -> bool:
             copy.flush()
             os.fsync(copy.fileno())
             hidden.chmod(0o644)  # a person's file, unlike the temporary one's 0600
-            hidden.replace(path)
-        except BaseException:
+            _name(hidden, path)
+        except FileExistsError:  # another run was faster
+            return take_fingerprint(path).sha256 == file.sha256
+        finally:
             with suppress(OSError):
                 hidden.unlink()
-            raise
     _log.info("wrote %s, %d bytes", path.name, file.size_bytes)
     return True
+
+
+def _name(hidden: Path, path: Path) -> None:
+    """Give a whole file its name, in one step. Raises FileExistsError, as a rename would not."""
+    try:
+        path.hardlink_to(hidden)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        hidden.replace(path)
 
 
 def _too_large(what: str, size_bytes: int, limit_bytes: int) -> OutputTooLarge:

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.delivery import with_suffix
 from engine.outputs import MediaFile
 from engine.s3 import Objects, Patience
-from engine.s3_errors import KeyMissing, KeyTaken, StoreUnwell
+from engine.s3_errors import KeyMissing, KeyTaken, StoreUnwell, UploadGone
 from schemas.errors import DeliveryFailed, EncodingFailed, JobTimeout, WorkerShutdown
 
 PART_BYTES = 8 * 2**20
@@ -75,7 +75,8 @@ def _parts(path: Path) -> Iterator[bytes]:
 
 def _put_and_verify(objects: Objects, file: MediaFile, key: str, etag: str, patience: Patience) -> None:
     """One attempt at one key. Raises KeyTaken if what stands there is not this file."""
-    with suppress(KeyTaken):  # this file, if an earlier answer was lost; the verification tells
+    # By this file, if an earlier answer was lost or a twin of this job was faster: the verification tells.
+    with suppress(KeyTaken, UploadGone):
         if file.size_bytes > MULTIPART_BYTES:
             _put_in_parts(objects, file, key, patience)
         else:
@@ -95,12 +96,13 @@ def verify(objects: Objects, file: MediaFile, key: str, etag: str, patience: Pat
     """
     try:
         head = objects.head(key, patience)
+        if head.sha256 != file.sha256:
+            raise KeyTaken("the key belongs to another file")
+        is_size = head.size_bytes == file.size_bytes
+        if is_size and (head.etag == etag or objects.sha256_of(key, patience) == file.sha256):
+            return
     except KeyMissing as error:
         raise StoreUnwell("the store lost the file after it took it") from error
-    if head.sha256 != file.sha256:
-        raise KeyTaken("the key belongs to another file")
-    if head.size_bytes == file.size_bytes and (head.etag == etag or objects.sha256_of(key, patience) == file.sha256):
-        return
     objects.delete(key, patience)
     raise StoreUnwell("the store kept other bytes than it was sent")
 
@@ -108,10 +110,11 @@ def verify(objects: Objects, file: MediaFile, key: str, etag: str, patience: Pat
 def _put_in_parts(objects: Objects, file: MediaFile, key: str, patience: Patience) -> None:
     """Send the file in parts, one after another, and leave no unfinished upload behind."""
     upload_id = objects.start_upload(key, file.content_type, file.sha256, patience)
+    etags = []
     try:
-        etags = [
-            objects.put_part(key, upload_id, number, part, patience) for number, part in enumerate(_parts(file.path), 1)
-        ]
+        for number, part in enumerate(_parts(file.path), 1):
+            patience.pause(0.0)
+            etags.append(objects.put_part(key, upload_id, number, part, patience))
         objects.finish_upload(key, upload_id, etags, patience)
     except (JobTimeout, WorkerShutdown):
         raise  # there is no time; whoever delivers the file later cleans up

@@ -162,6 +162,6 @@ def test_without_tiles_the_second_run_fails_like_the_first(settings: Settings, m
     def in_one_piece(decode: Callable[[torch.Tensor], Any], latents: torch.Tensor) -> Any:
         return decode(latents)
 
-    monkeypatch.setattr("engine.backends.wan.decode_tiled", in_one_piece)
+    monkeypatch.setattr("engine.tiled_decode.decode_tiled", in_one_piece)
     with pytest.raises(OutOfMemory):
         answer(small_card(settings, 32 * 32), VIDEO)

@@ -1,52 +1,64 @@
 """A job that cannot finish in time is answered before the platform ends it, not one step after."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from engine.progress import Progress
 from schemas.errors import JobTimeout
 
-STEP_S = 0.2
+
+class Clock:
+    """Time that only passes when a test says so."""
+
+    now = 100.0
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def run_steps(progress: Progress, steps: int, began: float) -> float:
-    """Run steps of STEP_S until the deadline stops the job; returns when it did."""
-    with pytest.raises(JobTimeout), progress.stage("denoise", steps) as step:
-        for _ in range(steps):
-            time.sleep(STEP_S)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("engine.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def run_steps(clock: Clock, deadline_s: float, steps_s: list[float]) -> int:
+    """Run a stage of steps that last so long; returns how many were done when the deadline stopped the job."""
+    done = 0
+    progress = Progress(deadline_s=deadline_s)
+    with pytest.raises(JobTimeout), progress.stage("denoise", len(steps_s)) as step:
+        for seconds in steps_s:
+            clock.pass_s(seconds)
+            done += 1
             step()
-    return time.monotonic() - began
+    return done
 
 
-def test_step_that_would_pass_the_deadline_is_not_begun() -> None:
-    began = time.monotonic()
-    stopped_s = run_steps(Progress(deadline_s=2.5 * STEP_S), 10, began)
-    assert stopped_s < 2.5 * STEP_S  # after the second step; the third would have ended at 3 steps
+def test_step_that_would_pass_the_deadline_is_not_begun(clock: Clock) -> None:
+    assert run_steps(clock, 2.5, [1.0] * 10) == 2  # the third would end at 3
 
 
-def test_without_looking_ahead_the_same_job_overruns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_looking_ahead_the_same_job_overruns(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     check = Progress.check
     monkeypatch.setattr(Progress, "check", lambda self, _ahead_s=0.0: check(self))
-    began = time.monotonic()
-    assert run_steps(Progress(deadline_s=2.5 * STEP_S), 10, began) > 2.5 * STEP_S
+    assert run_steps(clock, 2.5, [1.0] * 10) == 3
 
 
-def test_slow_first_step_does_not_stop_a_job_that_can_finish() -> None:
+def test_slow_first_step_does_not_stop_a_job_that_can_finish(clock: Clock) -> None:
     progress = Progress(deadline_s=1.0)
     with progress.stage("denoise", 3) as step:
-        time.sleep(0.7)  # compiles
-        step()
-        for _ in range(2):
-            time.sleep(0.02)
+        for seconds in (0.75, 0.125, 0.125):  # the first one compiles
+            clock.pass_s(seconds)
             step()
-    assert progress.timings_s["denoise"] < 1.0
+    assert progress.timings_s["denoise"] == 1.0
 
 
-def test_last_step_of_a_stage_is_not_held_against_the_next_stage() -> None:
-    progress = Progress(deadline_s=1.5 * STEP_S)
+def test_last_step_of_a_stage_is_not_held_against_the_next_stage(clock: Clock) -> None:
+    progress = Progress(deadline_s=1.5)
     with progress.stage("denoise", 1) as step:
-        time.sleep(STEP_S)
+        clock.pass_s(1.0)
         step()
     with progress.stage("decode"):
         pass

@@ -1,5 +1,6 @@
 """Files that wait for the store: none is lost, damaged or half there, whoever is killed and when."""
 
+import errno
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 
 from engine import outbox
 from engine.outbox import Entry
-from schemas.errors import DeliveryFailed, SettingsError
+from schemas.errors import DeliveryFailed, EncodingFailed, SettingsError
 from tests.figures import Count, Figure
 from tests.servers.buckets import media_file
 
@@ -153,7 +154,7 @@ def test_sweep_goes_on_past_an_entry_that_is_refused(tmp_path: Path, box: Path) 
     assert [key for key, _ in taken(box)] == ["worker/1/video.mp4"]
 
 
-@pytest.mark.parametrize("harm", ["flip", "shorten", "no-file", "no-facts", "bad-facts"])
+@pytest.mark.parametrize("harm", ["flip", "shorten", "no-file", "no-facts", "bad-facts", "bad-size", "deep-facts"])
 def test_sweep_sets_a_damaged_entry_aside_and_never_delivers_it(tmp_path: Path, box: Path, harm: str) -> None:
     outbox.keep(box, entry(tmp_path))
     outbox.keep(box, entry(tmp_path, b"whole", "worker/cd/video.mp4"))
@@ -165,10 +166,66 @@ def test_sweep_sets_a_damaged_entry_aside_and_never_delivers_it(tmp_path: Path, 
         "no-file": file.unlink,
         "no-facts": facts.unlink,
         "bad-facts": lambda: facts.write_text('{"key": "x", "file": {}}'),
+        "bad-size": lambda: facts.write_text(facts.read_text().replace('"size_bytes": 6', '"size_bytes": 7')),
+        "deep-facts": lambda: facts.write_text("[" * 100_000),
     }[harm]()
     assert taken(box) == [("worker/cd/video.mp4", b"whole")]
     assert [place.name[:8] for place in box.iterdir()] == ["damaged-"]
     assert taken(box) == []
+
+
+def test_sweep_delivers_what_a_later_version_says_more_of(tmp_path: Path, box: Path) -> None:
+    outbox.keep(box, entry(tmp_path))
+    (place,) = box.iterdir()
+    facts = json.loads((place / "entry.json").read_text())
+    facts["file"]["loudness"] = facts["priority"] = 5
+    (place / "entry.json").write_text(json.dumps(facts))
+    assert taken(box) == [("worker/ab/video.mp4", b"frames")]
+
+
+def test_sweep_goes_on_past_a_file_that_changes_while_it_is_delivered(tmp_path: Path, box: Path) -> None:
+    for number in range(3):
+        outbox.keep(box, entry(tmp_path, b"x", f"worker/{number}/video.mp4"))
+
+    def deliver(each: Entry) -> None:
+        if "/1/" in each.key:
+            raise EncodingFailed("the file changed")
+
+    assert outbox.sweep(box, deliver) == 2
+    assert [key for key, _ in taken(box)] == ["worker/1/video.mp4"]
+
+
+def test_sweep_goes_on_past_an_entry_that_cannot_be_removed(
+    tmp_path: Path, box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        outbox.keep(box, entry(tmp_path, b"x", f"worker/{number}/video.mp4"))
+    rename, stuck = Path.rename, []
+
+    def rename_once_stuck(self: Path, target: Path) -> Path:
+        if not stuck:
+            stuck.append(self)
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once_stuck)
+    assert outbox.sweep(box, lambda _: None) == 3
+    assert list(box.iterdir()) == stuck
+
+
+def test_keep_is_done_when_a_sweep_takes_the_entry_at_once(
+    tmp_path: Path, box: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered, sync_folder = [], outbox._sync_folder
+
+    def sweep_then_sync(folder: Path) -> None:
+        if folder == box:
+            delivered.extend(taken(box))
+        sync_folder(folder)
+
+    monkeypatch.setattr(outbox, "_sync_folder", sweep_then_sync)
+    outbox.keep(box, entry(tmp_path))
+    assert delivered == [("worker/ab/video.mp4", b"frames")]
 
 
 def test_sweep_would_deliver_a_damaged_file_without_the_hash(

@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from engine.s3_store import GuestStore, S3Store
 from engine.settings import Secret, Settings
 from engine.storage import InlineStore, LocalStore, open_store, sweep
-from schemas.errors import DeliveryFailed, InvalidInput, OutputTooLarge, SettingsError
+from schemas.errors import DeliveryFailed, EncodingFailed, InvalidInput, OutputTooLarge, SettingsError
 from tests.servers.buckets import media_file
 
 PREFIX = len("data:video/mp4;base64,")
@@ -92,6 +93,37 @@ def test_local_replaces_no_other_video_of_the_same_job(local: LocalStore, tmp_pa
     assert (Path(first.url).read_bytes(), Path(second.url).read_bytes()) == (b"first", b"second")
 
 
+def test_local_replaces_no_video_of_a_run_at_the_same_time(
+    local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = media_file(tmp_path / "1.mp4", b"first"), media_file(tmp_path / "2.mp4", b"second")
+    fsync, placed = os.fsync, []
+
+    def other_run_first(descriptor: int) -> None:
+        if not placed:
+            placed.append(descriptor)
+            local.deliver(first, "local_test", "video.mp4")
+        fsync(descriptor)
+
+    monkeypatch.setattr("engine.storage.os.fsync", other_run_first)
+    path = Path(local.deliver(second, "local_test", "video.mp4").url)
+    assert {each.name: each.read_bytes() for each in path.parent.iterdir()} == {
+        "video.mp4": b"first",
+        "video-16367aac.mp4": b"second",
+    }
+
+
+def test_local_delivers_where_there_are_no_hard_links(
+    local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Path, _target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    path = Path(local.deliver(media_file(tmp_path / "a.mp4", b"frames"), "job-7", "video.mp4").url)
+    assert [each.read_bytes() for each in path.parent.iterdir()] == [b"frames"]
+
+
 def test_local_delivers_pictures_as_data_uris(local: LocalStore, tmp_path: Path) -> None:
     delivered = local.deliver(media_file(tmp_path / "a.png", b"\x89PNG", "image/png"), "job-7", "image-0.png")
     assert (delivered.url, delivered.kind) == ("data:image/png;base64,iVBORw==", "inline")
@@ -168,6 +200,13 @@ def test_inline_names_the_way_out_when_the_file_is_too_large(tmp_path: Path) -> 
         "the video.mp4 as base64 is 16.0 MB, over the 9.5 MB that a response may have; to have it in S3, set"
         " BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY, or send s3Config"
     )
+
+
+def test_inline_says_that_the_file_is_gone_when_it_is(tmp_path: Path) -> None:
+    file = media_file(tmp_path / "a.mp4", b"frames")
+    file.path.unlink()
+    with pytest.raises(EncodingFailed, match="the finished file cannot be read from the worker's disk"):
+        InlineStore(1000).deliver(file, "job-7", "video.mp4")
 
 
 def test_sweep_does_nothing_without_a_bucket(settings: Settings) -> None:

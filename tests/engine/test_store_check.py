@@ -38,6 +38,7 @@ def test_check_store_asks_nothing_without_s3(tmp_path) -> None:
     [
         ("BUCKET_SECRET_ACCESS_KEY", "wrong",
          "the store says that the secret key is wrong; check BUCKET_SECRET_ACCESS_KEY"),
+        ("BUCKET_REGION", "eu-west-1", "the region is not the bucket's; check BUCKET_REGION"),
         ("BUCKET_PREFIX", "x" * 1200, "the store refused the file (KeyTooLongError)"),
     ],
 )  # fmt: skip
@@ -68,6 +69,7 @@ def test_check_store_calls_an_outage_an_outage(proxy, bucket, tmp_path, monkeypa
 def test_check_store_survives_a_fault_on_its_way(proxy, bucket, tmp_path) -> None:
     proxy.inject("503", 2)
     proxy.inject("500", 1, matching="X-Amz-Signature")
+    proxy.inject("cut", 2, matching="GET ")
     check_store(settings_for(bucket, tmp_path))
     assert proxy.pending_faults == 0
 

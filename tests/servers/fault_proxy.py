@@ -2,8 +2,8 @@
 
 Faults, in the words of a network: `503` and `500` answer without asking the server; `reset` cuts the
 connection in the middle of the request's body; `lost` lets the server do its work and cuts the connection
-before the answer; `hang` never answers; `ok-error` is an error document under status 200; `flip` changes one
-bit of the body.
+before the answer; `cut` ends it in the middle of the answer's body; `hang` never answers; `ok-error` is an error
+document under status 200; `flip` changes one bit of the body.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self
 
-Fault = Literal["503", "500", "reset", "lost", "hang", "ok-error", "flip"]
+Fault = Literal["503", "500", "reset", "lost", "cut", "hang", "ok-error", "flip"]
 FAULTS: tuple[Fault, ...] = ("503", "500", "reset", "lost", "hang", "ok-error")
 ERROR = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>broken on purpose</Message></Error>"
 
@@ -45,7 +45,11 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self.port = 0
+        # Bound and never listening: while the server is out, nobody else is given its port.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self.port: int = self._place.getsockname()[1]
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -57,6 +61,7 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._place.close()
 
     @property
     def endpoint(self) -> str:
@@ -86,11 +91,10 @@ class FaultProxy:
         self._run(self._close())
 
     def _run(self, job: "asyncio.coroutines.Coroutine[None, None, None]") -> None:
-        asyncio.run_coroutine_threadsafe(job, self._loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(job, self._loop).result(timeout=60)
 
     async def _open(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=2**20)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=2**20, reuse_address=True)
 
     async def _close(self) -> None:
         self._server.close()
@@ -138,7 +142,7 @@ class FaultProxy:
             if fault == "lost":
                 _reset(writer)
                 return
-            writer.write(answer)
+            writer.write(_cut(answer) if fault == "cut" else answer)
         await writer.drain()
 
     def _next_fault(self, request: str) -> Fault | None:
@@ -172,6 +176,11 @@ class FaultProxy:
 def _flip(body: bytes) -> bytes:
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+
+
+def _cut(answer: bytes) -> bytes:
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    return head + separator + body[: len(body) // 2]
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
