@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BakeFailed, WorkerError) as error:
         print(f"download_weights: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, above all
+        print(f"download_weights: {error}; what is finished stays, run again", file=sys.stderr)
+        return 1
 
 
 def bake(profiles: Sequence[Profile], hub: HuggingFaceHub, output: Path, keep_loras: bool) -> int:

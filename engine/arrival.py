@@ -168,6 +168,7 @@ class Coming:
         They stand on the blocks, outside of what is compiled.
         """
         if self.is_whole:
+            self.wait_whole()  # what was read last may still be on its way to the card
             return
         blocks = list(model.get_submodule(BLOCKS.rstrip(".")).children())
         yield model.register_forward_pre_hook(lambda *_: self.wait(0))
@@ -271,9 +272,10 @@ class Arrival:
             count = 0 if work.error is not None else min(self._lanes, len(work.queue)) - work.active
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             for _ in range(count):
-                work.enter()
-                self._threads.append(threading.Thread(target=work.run, name="weights", daemon=True))
-                self._threads[-1].start()
+                thread = threading.Thread(target=work.run, name="weights", daemon=True)
+                thread.start()  # first: one that the system refuses to start must not be counted, nor waited for
+                work.enter()  # it takes nothing before the lock is free
+                self._threads.append(thread)
 
     def _tell(self, progress: Progress) -> None:
         """Add what was done since the last time to the job's timings, and to the log."""

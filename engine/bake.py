@@ -18,9 +18,10 @@ from typing import Any
 from engine.convert import compare_with_published, convert
 from engine.hub import BakeFailed, Hub, RemoteFile
 from engine.lora import LoraWeights, check_expert, load_lora
-from engine.profile import Component, Lora, Profile, Source
+from engine.profile import EXPERTS, Component, Lora, Profile, Source
 from engine.tensorfile import weight_files
 from engine.weights import FORMAT, LORAS, MANIFEST, recipe, sha256
+from schemas.errors import WeightsCorrupt
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ RECORD = "component.json"
 
 
 def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_loras: bool = False) -> Path:
-    """Bake `profile` into `root` and return its manifest. What is there already and the same is kept.
+    """Bake `profile` into `root` and return its manifest. What is there already, the same and undamaged, is kept.
 
     In 8 bits it is `profile.baked_in(precision)`: another manifest, beside which the bf16 one may stand.
 
@@ -39,6 +40,7 @@ def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_lor
     Raises:
         BakeFailed: something could not be fetched, or is not what the profile describes.
         WeightsCorrupt: a LoRA file does not fit.
+        OSError: the disk is full, say. What is finished stays, and the next bake goes on.
     """
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
@@ -47,7 +49,7 @@ def bake(profile: Profile, hub: Hub, root: Path, *, twin: bool = False, keep_lor
         hashes = [digest for record in records.values() for digest in record["loras_sha256"]]
         if len(set(hashes)) < len(hashes):
             raise BakeFailed(f"two LoRAs of {profile.name} are the same file: one expert's stands in for the other's")
-        kept = _keep_loras(profile, hub, root) if keep_loras else []
+        kept = _keep_loras(profile, records, hub, root) if keep_loras else []
         path = root / profile.folder / MANIFEST
         _write_json(path, _manifest(profile, records, kept, twin))
         shutil.rmtree(root / STAGING, ignore_errors=True)
@@ -90,8 +92,8 @@ def _component(component: Component, profile: Profile, hub: Hub, root: Path, twi
         "twin": twin,
     }
     target = root / component.folder
-    record = _record(target)
-    if record is not None and wanted.items() <= record.items():
+    record = _kept(target, wanted)
+    if record is not None:
         log.info("%s: already baked", component.folder)
         return record
     staging = root / STAGING / component.folder
@@ -139,9 +141,18 @@ def _fetch_lora(lora: Lora, hub: Hub, downloads: Path) -> LoraWeights:
     return weights
 
 
-def _keep_loras(profile: Profile, hub: Hub, root: Path) -> list[dict[str, Any]]:
-    """Put the LoRA files, numbered as in the profile, where engine.parts looks for them; returns their lines."""
+def _keep_loras(
+    profile: Profile, records: Mapping[str, Mapping[str, Any]], hub: Hub, root: Path
+) -> list[dict[str, Any]]:
+    """Put the LoRA files, numbered as in the profile, where engine.parts looks for them; returns their lines.
+
+    `records`: of the components, which say what was merged. Files of these hashes that are there stay.
+    """
     target = root / profile.folder / LORAS
+    merged = {EXPERTS[lora.expert]: iter(records[EXPERTS[lora.expert]]["loras_sha256"]) for lora in profile.loras}
+    wanted = {f"{i}.safetensors": next(merged[EXPERTS[lora.expert]]) for i, lora in enumerate(profile.loras)}
+    if target.is_dir() and {path.name: sha256(path) for path in target.iterdir()} == wanted:
+        return _files(target, f"{profile.folder}/{LORAS}")
     staging = root / STAGING / profile.folder / LORAS
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -175,23 +186,28 @@ def _files(folder: Path, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    """What a finished component says of itself, if all its files are there by size."""
+def _kept(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished component, if it is what is wanted and every file of it has its hash."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        sizes = {line["path"].rpartition("/")[2]: line["size_bytes"] for line in record["files"]}
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        hashes = {line["path"].rpartition("/")[2]: line["sha256"] for line in record["files"]}
+        if not wanted.items() <= record.items():
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if whole else None
+    try:
+        damaged = [name for name, digest in hashes.items() if sha256(folder / name) != digest]
+    except WeightsCorrupt:  # one is gone
+        return None
+    return None if damaged else record
 
 
 def _replace(staging: Path, target: Path, root: Path) -> None:
     """Put a finished component in its place. Manifests that spoke of its predecessor go first."""
     folder = target.relative_to(root).as_posix()
-    for manifest in root.glob(f"*/{MANIFEST}"):
-        if any(line["path"].startswith(f"{folder}/") for line in json.loads(manifest.read_bytes())["files"]):
-            manifest.unlink()
+    for path, manifest in _manifests(root):
+        if any(line["path"].startswith(f"{folder}/") for line in manifest["files"]):
+            path.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         shutil.rmtree(root / STAGING / "replaced", ignore_errors=True)
@@ -200,10 +216,23 @@ def _replace(staging: Path, target: Path, root: Path) -> None:
 
 
 def _refuse_mixture(root: Path, twin: bool) -> None:
-    for manifest in root.glob(f"*/{MANIFEST}"):
-        if json.loads(manifest.read_bytes())["twin"] != twin:
+    for path, manifest in _manifests(root):
+        if manifest["twin"] != twin:
             holds = "real weights" if twin else "tiny twins"
-            raise BakeFailed(f"the folder holds {holds} ({manifest.parent.name}); use another one")
+            raise BakeFailed(f"the folder holds {holds} ({path.parent.name}); use another one")
+
+
+def _manifests(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Those in `root`. One that cannot be read proves nothing, and would stand in the way of a new one: it goes."""
+    found = []
+    for path in sorted(root.glob(f"*/{MANIFEST}")):
+        try:
+            manifest = json.loads(path.read_bytes())
+            found.append((path, {key: manifest[key] for key in ("twin", "files")}))
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s of %s cannot be read and is removed", MANIFEST, path.parent.name)
+            path.unlink()
+    return found
 
 
 @contextmanager

@@ -138,7 +138,9 @@ class HuggingFaceHub:
 
     def fetch(self, source: Source, file: RemoteFile, target: Path) -> None:
         if target.is_file():
-            return  # only whole and checked files get this name
+            if _is_whole(target, file):
+                return
+            target.unlink()  # of another commit: an earlier bake was cut, and the repository has moved on
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         with partial.open("ab") as stream:
@@ -223,7 +225,8 @@ def _explained(what: str) -> Iterator[None]:
             raise BakeFailed(f"{what}: access denied ({status}); check HF_TOKEN") from error
         raise BakeFailed(f"{what}: the hub answered {status}; run again") from error
     except (OSError, errors.OfflineModeIsEnabled) as error:
-        raise BakeFailed(f"{what} could not be fetched ({type(error).__name__}); run again, it goes on") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__  # a full disk is named
+        raise BakeFailed(f"{what} could not be fetched ({reason}); run again, it goes on") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
             raise

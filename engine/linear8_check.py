@@ -8,6 +8,7 @@ same 8-bit operands, and one that fails is left out and said. `kernel_calls` is 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def self_test(device: str, kinds: Mapping[str, Kind] = KINDS) -> SelfTest:
     """Multiply on the device with each fast kernel and compare with float32; a kernel that errs is left out
     and said.
 
-    Takes a few milliseconds on a card. A CPU has no fast kernel, so nothing passes there.
+    Takes 0.2 s, to draw the numbers. A CPU has no fast kernel, so nothing passes there.
     """
     passed, notes = [], []
     for name in FAST_KINDS:
@@ -52,6 +53,12 @@ def self_test(device: str, kinds: Mapping[str, Kind] = KINDS) -> SelfTest:
         else:
             notes.append(f"8-bit kernel {name} is not used: {problem}")
     return SelfTest(tuple(passed), tuple(notes))
+
+
+@cache
+def self_tested(device: str) -> SelfTest:
+    """`self_test`, once a process and device: two experts need not wait for it twice."""
+    return self_test(device)
 
 
 def _problem(device: str, kind: Kind) -> str | None:
@@ -64,7 +71,8 @@ def _problem(device: str, kind: Kind) -> str | None:
         # Wan's feed-forward width, and a short product with fewer rows than the int8 kernel takes by itself.
         ratios = [product_snr_db(kind, rows, 5120, 1024, device) for rows in (512, 8)]
     except RuntimeError as error:  # torch raises it, or its child NotImplementedError, for a kernel that is not built
-        return f"the kernel fails ({str(error).splitlines()[0]})"
+        said, *_ = str(error).partition("\n")
+        return f"the kernel fails ({said})"
     return None if min(ratios) >= MIN_SNR_DB else f"its result is off (SNR {min(ratios):.1f} dB)"
 
 

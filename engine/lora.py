@@ -31,10 +31,6 @@ class LowRank:
     """alpha / rank; 1.0 where the file holds no alpha."""
 
     @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
     def shape(self) -> torch.Size:
         return torch.Size((self.up.shape[0], self.down.shape[1]))
 
@@ -48,10 +44,6 @@ class Full:
     """A delta that is stored whole: biases, norms, the head."""
 
     delta: Tensor
-
-    @property
-    def rank(self) -> int:
-        return 0
 
     @property
     def shape(self) -> torch.Size:
@@ -74,16 +66,6 @@ class LoraWeights:
     keys: dict[str, str]
     """Parameter name -> one key of the file that it came from, for messages."""
     metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of a low-rank delta; 0 if there is none."""
-        return max(delta.rank for delta in self.deltas.values())
-
-    @property
-    def modules(self) -> int:
-        """How many modules are changed. The published SVI 2.0 Pro files: 400, ten in each of 40 blocks."""
-        return len({name.rpartition(".")[0] for name in self.deltas})
 
 
 def load_lora(path: Path) -> LoraWeights:
@@ -235,7 +217,7 @@ def _delta(file: str, name: str, parts: Mapping[str, Tensor]) -> LowRank | Full:
     if given not in ({"down", "up"}, {"down", "up", "alpha"}):
         raise WeightsCorrupt(f"{file}: the delta of {name} is {', '.join(sorted(given))}; it needs down and up")
     down, up = parts["down"], parts["up"]
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
         raise WeightsCorrupt(f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, not two thin matrices")
     if "alpha" in parts and parts["alpha"].numel() != 1:
         raise WeightsCorrupt(f"{file}: alpha of {name} is not one number")

@@ -21,7 +21,7 @@ from engine.card import Levers
 from engine.compiling import Account, CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8 import Linear8, replace_linears, set_kind
-from engine.linear8_check import SelfTest, self_test
+from engine.linear8_check import SelfTest, self_tested
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def narrow(model: nn.Module, precision: str | None, device: str, tested: SelfTes
     if not stored and precision in (None, "bf16"):
         return ()
     wanted = stored.pop() if stored else str(precision)
-    tested = tested or self_test(device)
+    tested = tested or self_tested(device)
     if precision not in (None, "bf16", wanted):
         raise ValueError(f"the model is baked in {wanted}; it cannot become {precision}")
     replace_linears(model, wanted)

@@ -71,17 +71,11 @@ def read_offsets(stream: BinaryIO) -> dict[str, Stored] | None:
         WeightsCorrupt: it is no safetensors file, or tensors overlap, leave gaps, or end elsewhere than the file.
     """
     name = Path(str(stream.name)).name
-    size_bytes = stream.seek(0, SEEK_END)
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
-    if size_bytes < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
-        raise WeightsCorrupt(f"{name} is not a readable safetensors file")
     try:
-        header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found = {tensor: _entry(entry) for tensor, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsCorrupt(f"the header of {name} cannot be read") from error
+        size_bytes = stream.seek(0, SEEK_END)
+        first, found = _read_header(stream, size_bytes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsCorrupt(f"the header of {name} cannot be read; bake it again") from error
     end = 0
     places: dict[str, Stored] = {}
     for tensor, (code, shape, begins, ends) in sorted(found.items(), key=lambda item: item[1][2:]):
@@ -89,15 +83,30 @@ def read_offsets(stream: BinaryIO) -> dict[str, Stored] | None:
             raise WeightsCorrupt(f"the tensors of {name} overlap or leave a gap at {tensor}")
         end = ends
         if code in DTYPE_OF:
-            places[tensor] = Stored(DTYPE_OF[code], shape, 8 + length + begins)
+            places[tensor] = Stored(DTYPE_OF[code], shape, first + begins)
             if places[tensor].size_bytes != ends - begins:
                 raise WeightsCorrupt(f"{tensor} of {name} has another size than its shape")
-    if 8 + length + end != size_bytes:
+    if first + end != size_bytes:
         raise WeightsCorrupt(f"{name} ends elsewhere than its tensors")
     return places if len(places) == len(found) else None
 
 
-def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+_Entry = tuple[str, tuple[int, ...], int, int]
+"""dtype, shape, where it begins and ends."""
+
+
+def _read_header(stream: BinaryIO, size_bytes: int) -> tuple[int, dict[str, _Entry]]:
+    """Where the first tensor begins, and what the header says of each. Raises what a forged one may cause."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if size_bytes < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
+        raise ValueError("not a safetensors file")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, {tensor: _entry(entry) for tensor, entry in header.items()}
+
+
+def _entry(entry: Any) -> _Entry:
     shape = tuple(entry["shape"])
     begins, ends = entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begins, ends)):
@@ -109,7 +118,7 @@ class TensorFiles:
     """The tensors of one component in `folder`, in one file or in shards with an index.
 
     Raises:
-        WeightsCorrupt: there are none, or the index names a file that is not there.
+        WeightsCorrupt: there are none, or the index cannot be read or names another file than a shard beside it.
     """
 
     def __init__(self, folder: Path, variant: str | None = None) -> None:
@@ -140,10 +149,16 @@ class TensorFiles:
             raise WeightsCorrupt(f"{name} is not in {self._file_of[name]}") from error
 
     def _index(self, names: Sequence[str]) -> dict[str, str]:
-        if len(names) == 1:
+        if names[0].endswith(".safetensors"):
             return dict.fromkeys(self._handle(names[0]).keys(), names[0])
-        index = json.loads((self._folder / names[0]).read_bytes())
-        return dict(index["weight_map"])
+        try:
+            file_of = dict(json.loads((self._folder / names[0]).read_bytes())["weight_map"])
+            strange = set(file_of.values()) - set(names[1:])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise WeightsCorrupt(f"{names[0]} is not a readable index") from error
+        if strange:  # a path out of the folder, say
+            raise WeightsCorrupt(f"{names[0]} names {strange.pop()}, which is no shard beside it")
+        return file_of
 
     def _handle(self, name: str) -> Any:
         """Shards are read one after the other; keeping one open keeps their pages from piling up."""

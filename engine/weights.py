@@ -81,8 +81,9 @@ class Baked:
         ahead = ReadAhead(files) if is_first else None
         from engine.parts import FolderParts
 
-        loras = self.place.path / self.profile.folder / LORAS
-        return FolderParts(self.profile, self.folders, loras if loras.is_dir() else None, ahead)
+        kept = f"{self.profile.folder}/{LORAS}"
+        is_listed = any(file.path.startswith(f"{kept}/") for file in self.files)  # else an older bake left them
+        return FolderParts(self.profile, self.folders, self.place.path / kept if is_listed else None, ahead)
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the manifest. Seconds a GB; at start sizes are enough.
@@ -226,15 +227,20 @@ def _baked(profile: Profile, place: Place) -> Baked | None:
     if not path.is_file():
         return None
     manifest = read_manifest(path)
+    try:
+        recipes = {name: part["recipe"] for name, part in manifest["components"].items()}
+        files = tuple(File(**line) for line in manifest["files"])
+        is_twin = manifest["twin"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeightsCorrupt(f"the manifest of {profile.folder} cannot be read; bake it again") from error
     for component in profile.components:
-        if manifest["components"].get(component.name, {}).get("recipe") != recipe(component, profile):
+        if recipes.get(component.name) != recipe(component, profile):
             raise WeightsCorrupt(f"{component.name} of {profile.folder} was baked to another recipe; bake it again")
-    files = tuple(File(**line) for line in manifest["files"])
     for file in files:
         if not _has_size(place.path / file.path, file.size_bytes):
             raise WeightsCorrupt(f"{file.path} of {profile.folder} is missing or cut short; bake it again")
     folders = {component.name: place.path / component.folder for component in profile.components}
-    return Baked(twin_of(profile) if manifest["twin"] else profile, place, folders, files)
+    return Baked(twin_of(profile) if is_twin else profile, place, folders, files)
 
 
 def _cached(profile: Profile, place: Place) -> Baked | None:

@@ -1,5 +1,6 @@
 """The command line: twins offline, the real bake against a hub on loopback, the budget, the lock."""
 
+import errno
 import json
 import os
 import re
@@ -79,6 +80,21 @@ def test_verify_fails_for_a_flipped_byte(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err.endswith(
         "download_weights: sdxl/tokenizer/merges.txt of tiny/sdxl is damaged; bake it again\n"
     )
+
+
+def test_full_disk_is_said_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = ["--tiny", "--profiles", "sdxl", "--output", str(tmp_path)]
+    with monkeypatch.context() as disk:
+        disk.setattr("engine.tensorfile.TensorWriter.write", full)
+        assert main(command) == 1
+    assert "download_weights: [Errno 28] No space left on device; what is finished stays" in capsys.readouterr().err
+    assert main(command) == 0
+    assert main(["--verify", "--profiles", "sdxl", "--output", str(tmp_path)]) == 0
 
 
 def test_verify_fails_where_nothing_was_baked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

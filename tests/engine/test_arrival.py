@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -154,6 +155,23 @@ def test_next_wait_after_a_failure_tries_again_and_reads_no_byte_twice(
     assert len(disk.reads) == PIECES
 
 
+def test_thread_that_cannot_be_started_is_not_waited_for(
+    arrival: Arrival, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    stream, wanted = opened(folder, "a")
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            arrival.expect("a", stream, wanted)
+    arrival.pause()
+    coming, targets = expected(arrival, folder, "b")
+    coming.wait_whole()
+    assert torch.equal(targets[0], value("b", 0))
+
+
 def test_file_cut_short_on_the_way_is_corrupt(arrival: Arrival, folder: Path, disk: Disk) -> None:
     disk.gate.clear()
     disk.held = lambda _, offset: is_page(offset, 1)
@@ -164,17 +182,29 @@ def test_file_cut_short_on_the_way_is_corrupt(arrival: Arrival, folder: Path, di
         coming.wait_whole()
 
 
+class Opens(Progress):
+    """Lets the held read go on when the job must stop: a read cannot be interrupted, and the block ends after it."""
+
+    def __init__(self, disk: Disk, deadline_s: float | None) -> None:
+        super().__init__(deadline_s=deadline_s)
+        self._disk = disk
+
+    def check(self, ahead_s: float = 0.0) -> None:
+        try:
+            super().check(ahead_s)
+        except (Cancelled, JobTimeout):
+            self._disk.gate.set()
+            raise
+
+
 @pytest.mark.parametrize("deadline_s", [None, 0.1])
 def test_cancel_and_deadline_end_a_wait(deadline_s: float | None, arrival: Arrival, folder: Path, disk: Disk) -> None:
     disk.gate.clear()
     disk.held = lambda _, offset: is_page(offset, 2)
     coming, targets = expected(arrival, folder, "a")
-    progress = Progress(deadline_s=deadline_s)
-    timers = [threading.Timer(0.3, disk.gate.set)]  # a read cannot be interrupted: the block ends after it
+    progress = Opens(disk, deadline_s)
     if deadline_s is None:
-        timers.append(threading.Timer(0.1, progress.cancelled.set))
-    for timer in timers:
-        timer.start()
+        threading.Timer(0.1, progress.cancelled.set).start()
     with pytest.raises((Cancelled, JobTimeout)), arrival.attended(progress):
         coming.wait_whole()
     assert not coming.is_whole
@@ -208,13 +238,19 @@ def test_no_thread_outlives_a_job_that_did_not_need_everything(arrival: Arrival,
     second.wait_whole()
 
 
-def test_close_in_the_middle_ends_the_reading_and_closes_the_files(arrival: Arrival, folder: Path, disk: Disk) -> None:
+def test_close_in_the_middle_ends_the_reading_and_closes_the_files(
+    arrival: Arrival, folder: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halt() -> None:
+        arrival._work.halted = True
+        disk.gate.set()
+
+    monkeypatch.setattr(arrival._work, "halt", halt)
     disk.gate.clear()
     disk.held = lambda _, offset: is_page(offset, 3)
     stream, wanted = opened(folder, "a")
     coming = arrival.expect("a", stream, wanted)
     coming.wait(2)
-    threading.Timer(0.1, disk.gate.set).start()
     arrival.close()
     assert readers() == []
     assert stream.closed
@@ -260,6 +296,18 @@ def test_log_says_bytes_and_rate(arrival: Arrival, folder: Path, caplog: pytest.
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("read 0.00 GB in ")
     assert "GB/s)" in line
+
+
+def test_model_that_is_read_but_still_being_copied_runs_after_the_copies(
+    arrival: Arrival, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[str] = []
+    coming, _ = expected(arrival, folder, "a")
+    coming.wait_whole()
+    coming._delivery.copied |= {0: "entry", 5: "block"}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=waited.append))
+    assert list(coming.hold_back(torch.nn.Module())) == []
+    assert waited == ["entry", "block"]
 
 
 def test_nothing_wanted_is_there_at_once(arrival: Arrival, folder: Path) -> None:

@@ -196,6 +196,22 @@ def test_bake_mends_a_component_that_lost_a_file(upstream: Path, tmp_path: Path)
     locate(SDXL, Settings(weights_dir=tmp_path)).verify()
 
 
+def test_bake_mends_a_component_that_is_damaged(upstream: Path, tmp_path: Path) -> None:
+    bake(SDXL, FolderHub(upstream), tmp_path, twin=True)
+    path = tmp_path / "sdxl/vae" / STEM
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    bake(SDXL, FolderHub(upstream), tmp_path, twin=True)
+    locate(SDXL, Settings(weights_dir=tmp_path)).verify()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}'])
+def test_bake_replaces_a_manifest_that_cannot_be_read(upstream: Path, tmp_path: Path, text: str) -> None:
+    manifest = bake(SDXL, FolderHub(upstream), tmp_path, twin=True)
+    manifest.write_text(text)
+    bake(SDXL, FolderHub(upstream), tmp_path, twin=True)
+    locate(SDXL, Settings(weights_dir=tmp_path)).verify()
+
+
 def test_two_bakes_at_once_leave_one_whole_tree(upstream: Path, tmp_path: Path) -> None:
     hubs = [Watched(FolderHub(upstream)) for _ in range(2)]
     threads = [threading.Thread(target=bake, args=(SDXL, hub, tmp_path), kwargs={"twin": True}) for hub in hubs]
@@ -294,6 +310,23 @@ def test_bake_keeps_the_lora_files_when_asked_and_lists_them(upstream: Path, tmp
 
 
 def test_bake_keeps_no_lora_files_unless_asked(upstream: Path, tmp_path: Path) -> None:
+    bake(SVI, FolderHub(upstream), tmp_path, twin=True)
+    assert not locate(SVI, Settings(weights_dir=tmp_path)).parts().keeps_loras
+
+
+def test_bake_again_fetches_no_lora_that_was_kept(upstream: Path, tmp_path: Path) -> None:
+    first = bake(SVI, FolderHub(upstream), tmp_path, twin=True, keep_loras=True).read_bytes()
+    hub = Watched(FolderHub(upstream))
+    assert bake(SVI, hub, tmp_path, twin=True, keep_loras=True).read_bytes() == first
+    assert hub.fetched == []
+    (tmp_path / "wan22_i2v_svi/loras/2.safetensors").write_bytes(b"damaged")
+    assert bake(SVI, hub, tmp_path, twin=True, keep_loras=True).read_bytes() == first
+    locate(SVI, Settings(weights_dir=tmp_path)).verify()
+
+
+def test_lora_files_of_an_older_bake_are_not_used(upstream: Path, tmp_path: Path) -> None:
+    """They may be others than those that are merged now; the manifest does not speak of them."""
+    bake(SVI, FolderHub(upstream), tmp_path, twin=True, keep_loras=True)
     bake(SVI, FolderHub(upstream), tmp_path, twin=True)
     assert not locate(SVI, Settings(weights_dir=tmp_path)).parts().keeps_loras
 

@@ -1,5 +1,6 @@
 """Fetching from a hub: whole files only, cut transfers go on, and every refusal says what to do."""
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,24 @@ def test_hub_fetches_nothing_when_the_file_is_there(server: HubServer, tmp_path:
     hub.fetch(SOURCE, file, tmp_path / "model.safetensors")
     hub.fetch(SOURCE, file, tmp_path / "model.safetensors")
     assert server.sent == [("owner/model/unet/model.safetensors", 0, 102_400)]
+
+
+def test_hub_fetches_anew_what_an_older_commit_left(server: HubServer, tmp_path: Path) -> None:
+    hub_of(server).fetch(SOURCE, file_named(hub_of(server), "model.safetensors"), tmp_path / "model.safetensors")
+    (server.root / "owner/model/unet/model.safetensors").write_bytes(WEIGHTS[::-1])
+    hub_of(server).fetch(SOURCE, file_named(hub_of(server), "model.safetensors"), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS[::-1]
+
+
+def test_hub_names_a_full_disk(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub = hub_of(server)
+    file = file_named(hub, "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(BakeFailed, match=r"could not be fetched \(No space left on device\)"):
+        hub.fetch(SOURCE, file, tmp_path / "model.safetensors")
 
 
 def test_hub_goes_on_where_a_cut_transfer_stopped_in_a_new_process(server: HubServer, tmp_path: Path) -> None:

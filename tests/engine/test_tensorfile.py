@@ -1,8 +1,10 @@
 """Our safetensors files are the library's safetensors files, in our order."""
 
+import errno
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 import torch
@@ -99,6 +101,28 @@ def test_files_refuses_an_index_that_names_what_is_not_there(tmp_path: Path, sha
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"b": shard}}))
     with pytest.raises(WeightsCorrupt, match=shard):
         TensorFiles(tmp_path).shape("b")
+
+
+def test_files_refuses_an_index_that_leads_out_of_the_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor(1)}, tmp_path / "secret.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(WeightsCorrupt, match=r"names \.\./secret\.safetensors, which is no shard beside it"):
+        TensorFiles(folder)
+
+
+NO_INDEX = {
+    "nothing": b"", "a list": b"[]", "no map": b"{}", "a number": b'{"weight_map": 1}',
+    "a list of files": b'{"weight_map": {"a": [1]}}', "deep": b"[" * 100_000, "no text": b"\x80",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", NO_INDEX.values(), ids=NO_INDEX)
+def test_files_refuses_what_is_no_index(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(data)
+    with pytest.raises(WeightsCorrupt, match=r"model\.safetensors\.index\.json is not a readable index"):
+        TensorFiles(tmp_path)
 
 
 def test_files_refuses_a_folder_without_weights(tmp_path: Path) -> None:
@@ -231,6 +255,16 @@ def test_offsets_of_what_is_no_safetensors_file_are_refused(data: bytes, tmp_pat
     (tmp_path / "x").write_bytes(data)
     with (tmp_path / "x").open("rb") as stream, pytest.raises(WeightsCorrupt):
         read_offsets(stream)
+
+
+def test_offsets_that_a_broken_disk_keeps_are_refused(tmp_path: Path) -> None:
+    class Broken(io.FileIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    written(tmp_path / "x")
+    with Broken(tmp_path / "x") as stream, pytest.raises(WeightsCorrupt, match="header of x cannot be read"):
+        read_offsets(cast(BinaryIO, stream))
 
 
 def test_offsets_of_a_deep_header_are_refused(tmp_path: Path) -> None:

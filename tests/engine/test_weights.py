@@ -145,6 +145,15 @@ def test_locate_refuses_what_is_no_manifest(twin: Path, text: str) -> None:
         locate(SDXL, Settings(weights_dir=twin))
 
 
+@pytest.mark.parametrize("lost", ["components", "files", "twin"])
+def test_locate_refuses_a_manifest_that_lacks_a_part(twin: Path, lost: str) -> None:
+    manifest = manifest_of(twin)
+    del manifest[lost]
+    (twin / "sdxl" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(WeightsCorrupt, match="manifest of sdxl cannot be read; bake it again"):
+        locate(SDXL, Settings(weights_dir=twin))
+
+
 def test_locate_skips_a_cached_model_that_is_not_whole(real: Path, upstream: Path, tmp_path: Path) -> None:
     hub = cached(upstream, tmp_path / "cache", SDXL)
     shutil.rmtree(hub / "models--madebyollin--sdxl-vae-fp16-fix" / "snapshots")
