@@ -12,14 +12,17 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.geometry import VAE_STRIDE_S, LatentShape
+from engine.geometry import SIZE_MULTIPLE, VAE_STRIDE_S, LatentShape
 from schemas.errors import InvalidInput, Problem
+from schemas.fields import MAX_SEED
 
 if TYPE_CHECKING:  # a request's state is looked at before torch is loaded
     from torch import Tensor
 
 MAGIC = b"SVIS"
 VERSION = 1
+MAX_INDEX = 2**31  # of a clip: seeds of the clips after it fit torch, and their numbers fit the head
+PATCH = SIZE_MULTIPLE // VAE_STRIDE_S  # latent pixels that the transformer takes at once, each side
 _HEAD = struct.Struct("<4sHHHHHIQ32s")
 _CRC = struct.Struct("<I")
 
@@ -104,13 +107,15 @@ def _checked(text: str) -> tuple[bytes, bytes]:
     if len(raw) < _HEAD.size + _CRC.size or raw[: len(MAGIC)] != MAGIC:
         raise _refuse("is no state that this worker returned")
     head, latents = raw[: _HEAD.size], raw[_HEAD.size + _CRC.size :]
-    _, version, frames, channels, height, width, *_ = _HEAD.unpack(head)
+    _, version, frames, channels, height, width, next_index, seed, _ = _HEAD.unpack(head)
     if version != VERSION:
         raise _refuse(f"is of version {version}; this worker reads version {VERSION}")
     if _CRC.unpack_from(raw, _HEAD.size)[0] != zlib.crc32(head + latents):
         raise _refuse("is damaged: its checksum does not match")
     if not latents or len(latents) != 4 * frames * channels * height * width:
         raise _refuse("is damaged: its length does not match its size")
+    if height % PATCH or width % PATCH or next_index > MAX_INDEX or seed > MAX_SEED:
+        raise _refuse("holds numbers that no state of this worker has")  # its checksum is no signature
     return head, latents
 
 

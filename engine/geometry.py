@@ -48,16 +48,10 @@ def is_legal_frames(frames: int) -> bool:
     return frames >= 1 and (frames - 1) % VAE_STRIDE_T == 0
 
 
-def neighbours(value: int, multiple: int, offset: int = 0, minimum: int = 0) -> tuple[int, int]:
-    """The nearest legal values below and above `value` on the grid offset + k * multiple, at least `minimum`."""
-    below = max((value - offset) // multiple * multiple + offset, minimum)
-    return below, max(below + multiple, minimum)
-
-
 def frames_advice(frames: int) -> str:
     """The sentence that refuses an illegal frame count."""
-    below, above = neighbours(frames, VAE_STRIDE_T, offset=1, minimum=1)
-    return f"must be 4k + 1; the nearest are {below} and {above}"
+    below = max(1, (frames - 1) // VAE_STRIDE_T * VAE_STRIDE_T + 1)
+    return f"must be 4k + 1; the nearest are {below} and {below + VAE_STRIDE_T}"
 
 
 def clip_lengths(frames: int, clips: int, overlap: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Pictures to CLIP embeddings, as Wan2.1 reads them, computed once a picture."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,21 +8,20 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from engine.remembered import Remembered
+
 
 class PictureEncoder:
-    """CLIP's picture encoder and a bounded memory of what it made.
+    """CLIP's picture encoder, and what it made remembered.
 
     The key is the picture's size and every byte of its pixels. `use_encoder` brings the encoder to where it computes
     for the length of a block; a remembered picture never calls it.
     """
 
-    def __init__(
-        self, processor: Any, use_encoder: Callable[[], AbstractContextManager[Any]], max_entries: int = 32
-    ) -> None:
+    def __init__(self, processor: Any, use_encoder: Callable[[], AbstractContextManager[Any]]) -> None:
         self._processor = processor
         self._use_encoder = use_encoder
-        self._max_entries = max_entries
-        self._remembered: OrderedDict[tuple[tuple[int, int], str], Tensor] = OrderedDict()
+        self._remembered: Remembered[tuple[tuple[int, int], str], Tensor] = Remembered()
 
     def encode(self, picture: Image.Image) -> Tensor:
         """The hidden states before CLIP's last layer: (1, 257, 1280) on the CPU, of the encoder's dtype.
@@ -31,12 +29,7 @@ class PictureEncoder:
         Source: WanImageToVideoPipeline.encode_image, to the last bit.
         """
         key = (picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
-        if key not in self._remembered:
-            self._remembered[key] = self._compute(picture)
-            if len(self._remembered) > self._max_entries:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(key)
-        return self._remembered[key]
+        return self._remembered.get(key, lambda: self._compute(picture))
 
     def _compute(self, picture: Image.Image) -> Tensor:
         pixels = self._processor(images=picture, return_tensors="pt").pixel_values

@@ -1,5 +1,6 @@
 """The Euler grid that the two-expert schedule was tuned on, and which expert runs which of its steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,12 +112,13 @@ def split_at(timesteps: Sequence[float], threshold: float) -> Split:
         raise InvalidInput([Problem("num_inference_steps", "must be at least 2: each expert needs a step")])
     if not split.high or not split.low:
         grid = ", ".join(f"{t:.2f}" for t in timesteps)
+        least = math.ceil(100 * timesteps[-1]) / 100  # rounded up: t = 4.9801 is above a threshold of 4.98
         raise InvalidInput(
             [
                 Problem(
                     "switch_threshold",
                     f"{threshold:g} gives {split}, and each expert needs at least one; with the steps at "
-                    f"t = {grid} it must be from {timesteps[-1]:.2f} to below {timesteps[0]:.2f}",
+                    f"t = {grid} it must be from {least:.2f} to below {timesteps[0]:.2f}",
                 )
             ]
         )

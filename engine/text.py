@@ -2,7 +2,6 @@
 
 import html
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any
 
 import ftfy
 from torch import Tensor
+
+from engine.remembered import Remembered
 
 MAX_TOKENS = 512  # what Wan's transformers were trained with; WanImageToVideoPipeline's max_sequence_length
 
@@ -30,29 +31,21 @@ class Embedding:
 
 
 class PromptEncoder:
-    """Tokenizer, text encoder and a bounded memory of what they made.
+    """Tokenizer, text encoder, and what they made remembered.
 
     `use_encoder` brings the encoder to where it computes for the length of a block; a remembered prompt never
     calls it. The key is the whole cleaned prompt: two prompts share an entry only if they reach it as one.
     """
 
-    def __init__(
-        self, tokenizer: Any, use_encoder: Callable[[], AbstractContextManager[Any]], max_entries: int = 32
-    ) -> None:
+    def __init__(self, tokenizer: Any, use_encoder: Callable[[], AbstractContextManager[Any]]) -> None:
         self._tokenizer = tokenizer
         self._use_encoder = use_encoder
-        self._max_entries = max_entries
-        self._remembered: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
+        self._remembered: Remembered[str, tuple[Tensor, int]] = Remembered()
 
     def encode(self, prompt: str) -> Embedding:
         """Embed one prompt as diffusers' WanImageToVideoPipeline does, to the last bit."""
         text = clean(prompt)
-        if text not in self._remembered:
-            self._remembered[text] = self._compute(text)
-            if len(self._remembered) > self._max_entries:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(text)
-        real, tokens = self._remembered[text]
+        real, tokens = self._remembered.get(text, lambda: self._compute(text))
         hidden = real.new_zeros((1, MAX_TOKENS, real.shape[1]))
         hidden[0, : len(real)] = real
         return Embedding(hidden, tokens)

@@ -6,7 +6,8 @@ the seams a tile's pixels equal those of the whole wherever the decoder does not
 convolutions do not, its one attention (and SDXL's norms) do, which is why this is never the first choice.
 
 Tiles run one after the other over the whole clip, for the features that a causal decoder keeps are most of what it
-takes; the pixels wait in host memory.
+takes; the pixels wait in host memory. So the first chunk is there when nearly all is done: `stepped` tells of each that
+was computed, and a cancel or a watch need not wait for it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,10 @@ class Tiling:
         starts = [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
         return [(start, start + tile) for start in starts]
 
+    def count(self, height: int, width: int) -> int:
+        """How many tiles latents of this size are cut into."""
+        return len(self.spans(height)) * len(self.spans(width))
+
 
 def decode_tiled(decode: Decode, latents: Tensor, tiling: Tiling = Tiling()) -> Iterator[Tensor]:
     """Decode `latents` (..., h, w) tile by tile, and yield chunks as `decode` would of the whole, fp32 on the CPU."""
@@ -53,6 +58,23 @@ def decode_tiled(decode: Decode, latents: Tensor, tiling: Tiling = Tiling()) -> 
                 film[k][..., scale * top : scale * bottom, scale * left : scale * right] += chunk.float().cpu() * share
     while film:
         yield film.pop(0)
+
+
+def steps(latents: Tensor, in_tiles: bool) -> int:
+    """How often `stepped` steps for latents (..., T, h, w) of which each of T makes one chunk."""
+    *_, frames, height, width = latents.shape
+    return frames * (Tiling().count(height, width) if in_tiles else 1)
+
+
+def stepped(decode: Decode, latents: Tensor, in_tiles: bool, step: Callable[[], None]) -> Iterator[Tensor]:
+    """Decode `latents` whole or in tiles, and call `step` after each chunk computed; what it raises ends the decode."""
+
+    def counted(part: Tensor) -> Iterator[Tensor]:
+        for chunk in decode(part):
+            yield chunk
+            step()
+
+    return decode_tiled(counted, latents) if in_tiles else counted(latents)
 
 
 def _shares(spans: list[tuple[int, int]], i: int, scale: int) -> Tensor:

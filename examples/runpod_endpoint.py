@@ -6,6 +6,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 RUNPOD = "https://api.runpod.ai/v2/"
@@ -13,6 +14,8 @@ MAX_BODY_BYTES = 10_000_000  # what RunPod takes on /run
 POLL_S = 2.0
 MAX_MISSES = 10  # polls in a row that may fail before the job is given up
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+UNANSWERED = (OSError, HTTPException, ValueError)
+"""What a call raises: HTTP errors and time-outs among the first, an answer cut short, an answer that is no JSON."""
 LOST = (401, 403, 404)  # polls that no patience helps: the key, or a result that is gone after 30 minutes
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -48,19 +51,19 @@ class Endpoint:
         `timeout_s`: RunPod ends the job after so long; its own default of 600 s is short for a video.
 
         Raises:
-            EndpointFailed: the job was not taken, failed, or cannot be followed.
+            EndpointFailed: the job was not taken, failed, or can be neither followed nor taken back.
         """
         body = json.dumps({"input": request, "policy": {"executionTimeout": 1000 * timeout_s}}).encode()
         if len(body) > MAX_BODY_BYTES:
             raise EndpointFailed(f"the request has {len(body) / 1e6:.1f} MB, RunPod takes 10; give large media as URLs")
         try:
             job = self._call("run", body)["id"]
-        except OSError as error:
+        except UNANSWERED as error:
             raise EndpointFailed(f"the endpoint did not take the job: {error}") from error
         try:
             answer = self._follow(job, show)
         except KeyboardInterrupt:
-            self._call(f"cancel/{job}", b"{}")
+            self._take_back(job)
             raise
         if answer["status"] != "COMPLETED":
             raise EndpointFailed(answer.get("error") or f"the job ended as {answer['status']}")
@@ -72,7 +75,7 @@ class Endpoint:
         while True:
             try:
                 answer = self._call(f"status/{job}")
-            except OSError as error:  # HTTP errors and time-outs among others
+            except UNANSWERED as error:
                 misses += 1
                 if misses == MAX_MISSES or getattr(error, "code", None) in LOST:
                     raise EndpointFailed(f"job {job} cannot be followed any more: {error}") from error
@@ -83,6 +86,12 @@ class Endpoint:
                 if "percent" in (answer.get("output") or {}):
                     show(answer["output"])
             time.sleep(POLL_S)
+
+    def _take_back(self, job: str) -> None:
+        try:
+            self._call(f"cancel/{job}", b"{}")
+        except UNANSWERED as error:
+            raise EndpointFailed(f"job {job} could not be taken back and may still run: {error}") from error
 
     def _call(self, path: str, body: bytes | None = None) -> dict[str, Any]:
         """POST `body`, or GET without one."""

@@ -14,8 +14,10 @@ import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from any folder
@@ -90,7 +92,10 @@ def request_for(options: argparse.Namespace) -> dict[str, Any]:
 
 def start_fields(start: str, count: int, is_regular: bool) -> dict[str, Any]:
     """The field that carries `start`, see STARTS."""
-    is_video = start.lower().endswith(VIDEO_SUFFIXES) if is_url(start) else clip_form(read(start)) is not None
+    if is_url(start):
+        is_video = urlsplit(start).path.lower().endswith(VIDEO_SUFFIXES)
+    else:
+        is_video = clip_form(read(start)) is not None
     if not is_video:
         return {"image_start": sent(start)}
     if is_regular:
@@ -176,7 +181,7 @@ def fetched(response: Mapping[str, Any], folder: Path) -> str:
     try:
         with urllib.request.urlopen(url, timeout=60) as source:
             data = source.read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise Unusable(f"the video is made and could not be downloaded ({error}): {url}") from error
     if len(data) != response["size_bytes"]:
         raise Unusable(f"the video came with {len(data):,} of {response['size_bytes']:,} bytes: {url}")

@@ -19,7 +19,7 @@ WorkerError
 ├── WorkerShutdown        the platform is taking the worker away
 ├── Busy                  another job holds the card
 ├── SettingsError         an environment variable is wrong; said at start
-├── CardUnfit             no card, or too small a one; said at start
+├── CardUnfit             no card, or too small a one, or too small a host beside it; said at start
 └── InternalError         a bug of ours; the sentence says nothing else
 
 A foreign exception becomes one of these once, at the edge where it is understood.

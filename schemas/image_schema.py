@@ -56,7 +56,7 @@ class ImageRequest(Request):
     image_url: Annotated[SourceOrEmpty, Media("picture")] = Field(
         None,
         description="A picture to change: URL, data URI or base64 of a PNG, JPEG or WebP. Only the refiner "
-        "runs, at the picture's own size. An empty string means none.",
+        "runs, at the picture's own size, scaled down to multiples of 8. An empty string means none.",
     )
     height: ImageSide = Field(1024, description="Pixels. Without effect with `image_url`.")
     width: ImageSide = Field(1024, description="Pixels. Without effect with `image_url`.")
@@ -87,6 +87,12 @@ class ImageRequest(Request):
         """Whether base and refiner share one schedule instead of running one after the other."""
         return not self.image_url and self.high_noise_frac is not None and 0 < self.high_noise_frac < 1
 
+    @property
+    def _is_unguided(self) -> bool:
+        """Whether no model that runs reads the negative prompt."""
+        scales = [self.refiner_guidance_scale, *([] if self.image_url is not None else [self.guidance_scale])]
+        return max(scales) <= 1
+
     def warnings(self) -> list[str]:
         notes = []
         if self.image_url is not None:
@@ -101,6 +107,8 @@ class ImageRequest(Request):
             ]
         elif self.high_noise_frac is not None:
             notes.append(f"high_noise_frac {self.high_noise_frac:g} splits nothing: the base runs all its steps")
+        if self.negative_prompt is not None and self._is_unguided:
+            notes.append("negative_prompt has no effect where guidance is 1 or less in every model that runs")
         if self.output_format == "png":
             notes += [f"{name} has no effect on png" for name in self.changed("quality")]
         return notes

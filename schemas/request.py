@@ -109,7 +109,9 @@ class Request(BaseModel):
         Raises:
             pydantic.ValidationError: the values break the contract.
         """
-        whole = type(self).model_validate({**values, **{k: v for k, v in self if v is not None}})
+        open_ones = {name: value for name, value in values.items() if getattr(self, name) is None}
+        given = {name: getattr(self, name) for name in self.model_fields_set}  # a default is no word of the caller
+        whole = type(self).model_validate({**given, **open_ones})
         return type(self).model_construct(_fields_set=set(self.model_fields_set), **dict(whole))
 
 

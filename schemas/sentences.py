@@ -77,7 +77,6 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "tuple_type": _must("be a list"),
     "finite_number": _must("be a finite number"),
     "greater_than_equal": _must("be at least {ge}"),
-    "greater_than": _must("be more than {gt}"),
     "less_than_equal": _must("be at most {le}"),
     "string_too_long": _must("have at most {max_length} characters"),
     "string_too_short": _must("not be empty"),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from schemas.request import Rule
+from schemas.words import either
 
 if TYPE_CHECKING:
     from schemas.svi_schema import SviEndframeRequest
@@ -13,6 +14,9 @@ CLIP_FRAMES = 81
 MAX_CLIPS = 16
 """Of one request; longer films go on by `state`."""
 
+MAX_STEPS = 100
+"""Of both experts together, however they are asked for."""
+
 DEFAULT_LAYOUTS = {
     "wan_2_2_i2v_lightning_svi_3_3": "svi_latent",
     "wan_2_2_i2v_lightning_svi_endframe": "flf",
@@ -21,6 +25,8 @@ CHAINABLE = ("svi", "svi_latent", "svi_upstream")
 """Made in latent space: they begin on the anchor and take up the motion of the clip before."""
 SEVERAL_STARTS = ("svi_pixel4", "flf", "kijai_end")
 """Made in pixel space: they begin on the start picture or pictures, and have no place for motion."""
+END_FRAMES = {"svi_pixel4": 4, "flf": 1, "kijai_end": 0}
+"""The same layouts: frames at the end of a clip that show the end picture and can be no start."""
 END_ALONE = ("svi_latent", "kijai_end")
 """The end is a latent of its own and decoded alone, so the last frame can be locked to it."""
 WINDOWED = ("svi_latent", "kijai_end", "svi_pixel4")
@@ -60,6 +66,16 @@ def _several_starts_have_a_place(request: "SviEndframeRequest") -> str | None:
         f"must be one picture in layout {request.chosen_layout}, got {count}; layouts for several: "
         f"{', '.join(SEVERAL_STARTS)}; or give prefix_video"
     )
+
+
+def _starts_leave_room_for_the_end(request: "SviEndframeRequest") -> str | None:
+    layout, count = request.chosen_layout, len(request.image_start) if isinstance(request.image_start, tuple) else 1
+    if layout not in END_FRAMES or request.prefix_video is not None:
+        return None
+    most = request.total_frames - END_FRAMES[layout]
+    if count <= most:
+        return None
+    return f"must be at most {most} of the {request.total_frames} frames in layout {layout}, got {count} pictures"
 
 
 def _one_past(request: "SviEndframeRequest") -> str | None:
@@ -116,12 +132,21 @@ def _a_clip_for_each_prompt(request: "SviEndframeRequest") -> str | None:
     count = len(request.prompts or ())
     if count <= request.clip_count:
         return None
-    return f"must be at most one for each of {request.clip_count} clips, got {count}; set segments to {count}"
+    sentence = f"must be at most one for each of {request.clip_count} clips, got {count}"
+    if request.chosen_layout not in CHAINABLE:
+        return f"{sentence}: layout {request.chosen_layout} makes one clip"
+    most = request.possible_clips[1]
+    if request.given("video_length") and count > most:
+        return f"{sentence}; {request.total_frames} frames make at most {most}"
+    return f"{sentence}; set segments to {count}"
 
 
 def _both_experts_counted(request: "SviEndframeRequest") -> str | None:
     if len(request.given("high_steps", "low_steps")) == 1:
         return "and low_steps go together; give both or neither"
+    total = request.counted_steps
+    if total is not None and total > MAX_STEPS:
+        return f"and low_steps must be at most {MAX_STEPS} together, got {request.high_steps} + {request.low_steps}"
     return None
 
 
@@ -152,13 +177,14 @@ RULES = (
     Rule(("image_end", *_LAYOUT), _ends_as_the_layout_does),
     Rule(_LAYOUT, _one_kind_of_layout),
     Rule(("image_start", *_LAYOUT), _several_starts_have_a_place),
+    Rule(("image_start", *_LAYOUT, *_LENGTH, "prefix_video"), _starts_leave_room_for_the_end),
     Rule(("state", "prefix_video"), _one_past),
     Rule((*_LAYOUT, *_LENGTH, "state", "return_state"), _layout_takes_motion),
     Rule(_LENGTH, _not_too_many_clips),
     Rule(("segments", "video_length", "overlap"), _segments_divide_the_length),
     Rule((*_LENGTH, "state", "prefix_video"), _something_new_after_the_past),
     Rule(("prompts", "prompt"), _one_kind_of_prompt),
-    Rule(("prompts", *_LENGTH), _a_clip_for_each_prompt),
+    Rule(("prompts", *_LENGTH, *_LAYOUT), _a_clip_for_each_prompt),
     Rule(("high_steps", "low_steps"), _both_experts_counted),
     Rule(("num_inference_steps", "high_steps", "low_steps"), _steps_add_up),
     Rule(("switch_threshold", "high_steps", "low_steps"), _one_kind_of_split),
@@ -179,14 +205,23 @@ def svi_warnings(request: "SviEndframeRequest") -> list[str]:
         notes.append("empty_frames anchor is known to repeat the first frame; SVI Pro was trained on zeros")
     if request.frame_policy == "window" and layout not in WINDOWED:
         notes.append(f"frame_policy has no effect: layout {layout} always returns what was asked for")
-    if request.clip_count == 1 and request.state is None and request.prefix_video is None:
+    if request.clip_count == 1 and not _is_linked(request):
         notes += [f"{name} has no effect on a single clip" for name in request.changed("overlap")]
     if request.negative_prompt is not None and _unguided(request):
         notes.append("negative_prompt has no effect where both guidance scales are 1 or less")
     return notes
 
 
+def _is_linked(request: "SviEndframeRequest") -> bool:
+    """Whether it goes on from something, or something may go on from it."""
+    return request.return_state or request.state is not None or request.prefix_video is not None
+
+
 def _start_and_anchor(request: "SviEndframeRequest") -> list[str]:
+    unused = request.given("image_start", "image_refs")
+    if request.chosen_layout in SEVERAL_STARTS and request.prefix_video is not None and unused:
+        start_on = f"layout {request.chosen_layout} starts on the newest frames of prefix_video"
+        return [f"{start_on}, not on {either(unused)}"]
     start = request.image_start[0] if isinstance(request.image_start, tuple) else request.image_start
     if start is None or request.image_refs is None or start == request.image_refs[0]:
         return []

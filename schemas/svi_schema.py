@@ -19,18 +19,18 @@ from schemas.fields import (
     Resolution,
     Seed,
     Source,
-    Steps,
     Strengths,
     Text,
     Word,
     side_problems,
 )
 from schemas.request import Request, Rule
-from schemas.svi_rules import CLIP_FRAMES, MAX_CLIPS
+from schemas.svi_rules import CLIP_FRAMES, MAX_CLIPS, MAX_STEPS
 from schemas.words import shown
 
 Layout = Literal["svi", "svi_latent", "svi_upstream", "svi_pixel4", "flf", "kijai_end"]
 ModelType = Literal["wan_2_2_i2v_lightning_svi_3_3", "wan_2_2_i2v_lightning_svi_endframe"]
+MIN_SHIFT = 0.01  # far below it the grid's first step is a division by nearly zero
 PADDING = "svi_pad_empty_frames_with_anchor"
 
 
@@ -44,6 +44,7 @@ StartPictures = Annotated[
 ]
 Prompts = Annotated[tuple[Text, ...], Entries(MAX_CLIPS)]
 Anchor = Annotated[tuple[Source, ...], Entries(1)]
+ExpertSteps = Annotated[int, Field(ge=1, le=MAX_STEPS - 1)]
 
 
 class SviEndframeRequest(Request):
@@ -126,7 +127,7 @@ class SviEndframeRequest(Request):
     empty_frames: Literal["zeros", "anchor", "noise"] = Field(
         "zeros", description="What stands between start and end in the condition; the mask stays the same."
     )
-    num_inference_steps: Annotated[int, Field(ge=2, le=100)] | None = Field(
+    num_inference_steps: Annotated[int, Field(ge=2, le=MAX_STEPS)] | None = Field(
         None, description="Steps of both experts together. null: the profile's 6."
     )
     guidance_scale: Guidance | None = Field(
@@ -135,24 +136,28 @@ class SviEndframeRequest(Request):
     guidance2_scale: Guidance | None = Field(
         None, description="Guidance of the low-noise expert; 1 or less is off. null: the profile's 1."
     )
-    flow_shift: float | None = Field(None, gt=0, le=100, description="Shift of the noise grid. null: the profile's 5.")
+    flow_shift: float | None = Field(
+        None, ge=MIN_SHIFT, le=100, description="Shift of the noise grid. null: the profile's 5."
+    )
     switch_threshold: float | None = Field(
         None,
         ge=0,
         le=1000,
         description="The low-noise expert takes over at the first timestep at or below this. null: the profile's 883.",
     )
-    high_steps: Steps | None = Field(
+    high_steps: ExpertSteps | None = Field(
         None, description="Steps of the high-noise expert; with `low_steps`, in place of `switch_threshold`."
     )
-    low_steps: Steps | None = Field(None, description="Steps of the low-noise expert; with `high_steps`.")
+    low_steps: ExpertSteps | None = Field(None, description="Steps of the low-noise expert; with `high_steps`.")
     loras_multipliers: Strengths | None = Field(
         None,
         description='Strength of each LoRA in each phase, "1;0 0;1 1.2;0 0;1" or a list: SVI high, SVI low, '
         "LightX2V high, LightX2V low. null: as baked, which is faster.",
     )
     seed: Seed | None = Field(
-        None, description="null or -1 draws one. Clip i of a chain, counted from 0, uses seed + 42 i."
+        None,
+        description="null or -1: that of `state`, else one is drawn. Clip i of a chain, counted from 0, uses "
+        "seed + 42 i.",
     )
     return_state: bool = Field(False, description="Return `state`, for a later request to go on from.")
     state: Annotated[Latent | None, Media("latent")] = Field(

@@ -5,9 +5,11 @@ touched) and makes it impossible that one request's scheduler is seen by the nex
 recorded and replayed within a job, see engine.replay.
 """
 
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -20,13 +22,17 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from PIL import Image
 
+from engine.arrival import Arrival
 from engine.backends import Task
 from engine.card import Card
 from engine.frames import image_to_uint8
+from engine.loading import Loader
 from engine.outputs import Images
 from engine.profiles import Profile
 from engine.progress import Progress
+from engine.remembered import Remembered
 from engine.replay import replayed
 from engine.standing import Standing
 from engine.tiled_decode import Tiling, decode_tiled
@@ -44,9 +50,12 @@ SCHEDULERS = {
 }
 """worker-sdxl's names. They choose the base's scheduler; the refiner keeps the one it was published with."""
 
-SIZE_MULTIPLE = 8  # the VAE's stride; UNet strides are handled by its own padding-free sizes from 8 up
+SIZE_MULTIPLE = 8  # the VAE's stride: diffusers scales a picture to change down to it
 
 TILING = Tiling(side=64, overlap=16)  # 512 pixels: the VAE's norms look at the whole tile, and a small one pales
+
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""What `encode_prompt` returns, by the names under which a pipeline takes it."""
 
 COMPONENTS = (
     "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "unet", "scheduler",
@@ -61,25 +70,28 @@ class Sdxl:
         self.profile = profile
         self._device = torch.device(card.device)
         self._replays = card.levers.compile and self._device.type == "cuda"
-        self._parts: dict[str, Any] = {name: parts.load(name, card.device) for name in COMPONENTS}
+        self._parts = _loaded(parts, card.device)
         modules = [part for part in self._parts.values() if isinstance(part, torch.nn.Module)]
         self.weights = Standing(modules, card.device)
+        self._remembered: Remembered[Hashable, tuple[torch.Tensor | None, ...]] = Remembered()
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Images:
         request = cast(ImageRequest, task.request)  # the profile's modes hold it
         generator = torch.Generator("cpu").manual_seed(task.seed)
         picture = task.pictures.get("image_url")
+        base = None if picture is not None else self._base(request.scheduler)
         refiner = self._refiner()
         with progress.stage("encode"):
-            texts = self._encode(refiner, request)
+            base_words = {} if base is None else self._words("base", base, request, request.guidance_scale)
+            refiner_words = self._words("refiner", refiner, request, request.refiner_guidance_scale)
         with progress.stage("denoise", self._steps(request, refiner.scheduler)) as step:
 
             def after_step(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 step()
                 return tensors
 
-            image = self._base_latents(request, generator, after_step) if picture is None else picture
+            image = picture if base is None else self._latents(base, base_words, request, generator, after_step)
             with self._quickly("refiner_unet"):
                 latents = refiner(
                     image=image,
@@ -91,16 +103,18 @@ class Sdxl:
                     generator=generator,
                     output_type="latent",
                     callback_on_step_end=after_step,
-                    **texts,
+                    **refiner_words,
                 ).images
         with progress.stage("decode"):
             # All at once, as diffusers does: one by one the convolutions may round otherwise.
             decoded = self._decode_tiled(latents) if task.saves_memory else self._decode(latents)
-            return Images([image_to_uint8(image) for image in decoded.split(1)])
+            pictures = [image_to_uint8(image) for image in decoded.split(1)]
+        return Images(pictures, (*self._unread(request), *_scaled(picture, pictures[0])))
 
     def unload(self) -> None:
         self.weights.unload()
         self._parts.clear()
+        del self._remembered
 
     def _base(self, scheduler: str) -> Any:
         parts = self._parts
@@ -134,21 +148,43 @@ class Sdxl:
             )
         )
 
-    def _encode(self, refiner: Any, request: ImageRequest) -> dict[str, torch.Tensor]:
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        embeds = refiner.encode_prompt(
-            prompt=request.prompt or "",
-            negative_prompt=request.negative_prompt,
-            device=self._device,
-            do_classifier_free_guidance=request.refiner_guidance_scale > 1,
-        )
-        return dict(zip(names, embeds, strict=True))
+    def _words(
+        self, model: str, pipeline: Any, request: ImageRequest, guidance_scale: float
+    ) -> dict[str, torch.Tensor | None]:
+        """The request's words as the pipeline embeds them itself; words that it has embedded are remembered.
 
-    def _base_latents(self, request: ImageRequest, generator: torch.Generator, after_step: Any) -> torch.Tensor:
+        A `negative_prompt` that is None and one that is empty are two: the base has zeros for the first.
+        """
+        is_guided = guidance_scale > 1
+        prompt, negative = request.prompt or "", request.negative_prompt if is_guided else None
+
+        def compute() -> tuple[torch.Tensor | None, ...]:
+            made = pipeline.encode_prompt(
+                prompt, negative_prompt=negative, device=self._device, do_classifier_free_guidance=is_guided
+            )
+            return tuple(one if one is None else one.cpu() for one in made)
+
+        made = self._remembered.get((model, prompt, negative, is_guided), compute)
+        return {name: one if one is None else one.to(self._device) for name, one in zip(EMBEDS, made, strict=True)}
+
+    def _unread(self, request: ImageRequest) -> Iterator[str]:
+        """What of the words is longer than CLIP reads."""
+        tokenizer = self._parts["tokenizer_2"]
+        for name, words in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+            tokens = len(tokenizer(words or "", verbose=False).input_ids)
+            if tokens > tokenizer.model_max_length:
+                yield f"the {name} is {tokens} tokens long; the model reads the first {tokenizer.model_max_length}"
+
+    def _latents(
+        self,
+        base: Any,
+        words: dict[str, torch.Tensor | None],
+        request: ImageRequest,
+        generator: torch.Generator,
+        after_step: Any,
+    ) -> torch.Tensor:
         with self._quickly("unet"):
-            latents: torch.Tensor = self._base(request.scheduler)(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
+            latents: torch.Tensor = base(
                 height=request.height,
                 width=request.width,
                 num_inference_steps=request.num_inference_steps,
@@ -158,6 +194,7 @@ class Sdxl:
                 generator=generator,
                 output_type="latent",
                 callback_on_step_end=after_step,
+                **words,
             ).images
         return latents
 
@@ -190,6 +227,30 @@ class Sdxl:
         """The same a picture and a tile at a time, on the CPU."""
         pictures = (decode_tiled(lambda tile: [self._decode(tile)], one, TILING) for one in latents.split(1))
         return torch.cat([picture for chunks in pictures for picture in chunks])
+
+
+def _scaled(given: Image.Image | None, made: np.ndarray) -> Iterator[str]:
+    """Whether a picture was changed at another size than its own."""
+    height, width = made.shape[:2]
+    if given is not None and given.size != (width, height):
+        yield (
+            f"image_url is {given.width}x{given.height} pixels and was scaled to {width}x{height}: sides must be "
+            f"multiples of {SIZE_MULTIPLE}"
+        )
+
+
+def _loaded(parts: Parts, device: str) -> dict[str, Any]:
+    """All components, whole. Each is read while the next one's empty model is built."""
+    arrival = Arrival(device)
+    try:
+        loader = Loader(parts, None, device, arrival)
+        loaded = {name: loader.on_device(name) for name in COMPONENTS}
+        for each in loaded.values():
+            if each.coming is not None:
+                each.coming.wait_whole()
+    finally:
+        arrival.close()
+    return {name: each.model for name, each in loaded.items()}
 
 
 def _quiet(pipeline: Any) -> Any:

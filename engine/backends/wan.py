@@ -30,7 +30,7 @@ from engine.placing import place
 from engine.profile import Profile
 from engine.progress import Progress
 from engine.text import PromptEncoder
-from engine.tiled_decode import decode_tiled
+from engine.tiled_decode import stepped, steps
 from engine.vae import decode_chunks, encode_norm
 from engine.weights import Parts
 from schemas.video_schema import VideoRequest
@@ -60,8 +60,7 @@ class Wan:
         with progress.stage("encode"):
             words = read_words(request, self._prompts, self._device)
         latents = self._denoise(task, request, shape, words, progress)
-        notes = (*self._placed.notes, *words.notes)
-        return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, notes)
+        return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, words.notes)
 
     @property
     def weights(self) -> Parkable:
@@ -115,13 +114,11 @@ class Wan:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    @torch.inference_mode()
     def _decoded(self, latents: torch.Tensor, progress: Progress, in_tiles: bool) -> Iterator[np.ndarray]:
-        with torch.inference_mode(), progress.stage("decode", latents.shape[2]) as step:
-            decode = partial(decode_chunks, self._placed.decoder)
-            chunks = decode_tiled(decode, latents) if in_tiles else decode(latents)
-            for frames in stream_uint8(chunk[0] for chunk in chunks):
-                yield frames
-                step()
+        with progress.stage("decode", steps(latents, in_tiles)) as step:
+            chunks = stepped(partial(decode_chunks, self._placed.decoder), latents, in_tiles, step)
+            yield from stream_uint8(chunk[0] for chunk in chunks)
         self._placed.settle()
 
 

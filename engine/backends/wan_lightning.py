@@ -28,7 +28,7 @@ from engine.profile import EXPERTS, Profile
 from engine.progress import Progress
 from engine.scheduler import DistilledEuler, split_at, timesteps_of
 from engine.text import PromptEncoder
-from engine.tiled_decode import decode_tiled
+from engine.tiled_decode import stepped, steps
 from engine.vae import decode_chunks, encode_norm
 from engine.weights import Parts
 from schemas.video_schema import VideoRequest
@@ -86,13 +86,11 @@ class WanLightning:
     def _encode(self, pixels: Tensor) -> Tensor:
         return encode_norm(self._placed.vae, pixels, self._memo.encode)
 
+    @torch.inference_mode()
     def _decoded(self, latents: Tensor, progress: Progress, in_tiles: bool) -> Iterator[np.ndarray]:
-        with torch.inference_mode(), progress.stage("decode", latents.shape[2]) as step:
-            decode = partial(decode_chunks, self._placed.decoder)
-            chunks = decode_tiled(decode, latents) if in_tiles else decode(latents)
-            for frames in stream_uint8(chunk[0] for chunk in chunks):
-                yield frames
-                step()
+        with progress.stage("decode", steps(latents, in_tiles)) as step:
+            chunks = stepped(partial(decode_chunks, self._placed.decoder), latents, in_tiles, step)
+            yield from stream_uint8(chunk[0] for chunk in chunks)
         self._placed.settle()
 
 

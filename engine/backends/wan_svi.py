@@ -4,7 +4,7 @@ All clips are denoised first and decoded afterwards. Latents are small, 8 MB a c
 the first frame is written; and the experts have done their work when the VAE begins.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -32,7 +32,7 @@ from engine.svi_scene import Scene, read_scene, scene_size
 from engine.svi_schedule import Schedule, schedule_for
 from engine.svi_strengths import with_strengths
 from engine.text import MAX_TOKENS, PromptEncoder
-from engine.tiled_decode import decode_tiled
+from engine.tiled_decode import stepped, steps
 from engine.vae import decode_chunks, decode_end_single, encode_norm
 from engine.weights import Parts
 from schemas.svi_schema import SviEndframeRequest
@@ -188,12 +188,11 @@ class WanSvi:
     @torch.inference_mode()
     def _decoded(self, film: Film, progress: Progress, in_tiles: bool) -> Iterator[np.ndarray]:
         """Decode and join: uint8 (f, height, width, 3), a latent frame at a time."""
-        with progress.stage("decode", sum(latents.shape[2] for _, latents in film)) as step:
+        with progress.stage("decode", sum(steps(latents, in_tiles) for _, latents in film)) as step:
             for clip, latents in film:
                 by_layout = decode_end_single if LAYOUTS[clip.layout].end_alone else decode_chunks
-                decode = partial(by_layout, self._placed.decoder)
-                decoded = decode_tiled(decode, latents) if in_tiles else decode(latents)
-                chunks = keep(_counted(decoded, step), clip.kept)
+                decoded = stepped(partial(by_layout, self._placed.decoder), latents, in_tiles, step)
+                chunks = keep(decoded, clip.kept)
                 yield from stream_uint8(chunk[0] for chunk in chunks)
         self._placed.settle()
 
@@ -231,9 +230,3 @@ def _notes(job: Job, anchor_sha256: bytes) -> Iterator[str]:
         yield f"the state's chain has seed {state.seed}; this video goes on with seed {job.seed}"
     if state is not None and state.anchor_sha256 != anchor_sha256:
         yield "the anchor is not the one of the state's chain"
-
-
-def _counted(chunks: Iterable[Tensor], step: Callable[[], None]) -> Iterator[Tensor]:
-    for chunk in chunks:
-        yield chunk
-        step()

@@ -102,6 +102,18 @@ def test_values_that_are_no_numbers_are_refused(value):
     assert refusal(pack_state(replace(STATE, motion=motion))) == "holds values that are no numbers"
 
 
+@pytest.mark.parametrize("change", [{"seed": 2**63}, {"seed": 2**64 - 1}, {"next_index": 2**32 - 1}])
+def test_numbers_that_would_overflow_on_the_way_are_refused_though_the_checksum_is_right(change):
+    assert refusal(pack_state(replace(STATE, **change))) == "holds numbers that no state of this worker has"
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 5), (3, 6)])
+def test_latents_that_the_transformer_cannot_cut_into_patches_are_refused(height, width):
+    odd = replace(STATE, motion=noise(1, height=height, width=width))
+
+    assert refusal(pack_state(odd)) == "holds numbers that no state of this worker has"
+
+
 def test_state_fits_the_size_it_was_made_at():
     check_fits(STATE, LatentShape(1, 4, 6), 16)
 
@@ -122,6 +134,8 @@ def test_digest_tells_anchors_apart():
 
 def test_base_seed_is_read_from_a_whole_state_only():
     assert base_seed(pack_state(STATE)) == 2**63 - 1
+    with pytest.raises(InvalidInput, match="no state of this worker"):
+        base_seed(pack_state(replace(STATE, seed=2**63)))
     with pytest.raises(InvalidInput, match="damaged"):
         base_seed(edited(HEAD + 4, b"\x07"))
 

@@ -133,6 +133,22 @@ def test_recording_that_fails_is_given_up_for_the_job_and_said(caplog: pytest.Lo
     assert [line.getMessage() for line in caplog.records] == ["forwards are not replayed in this job: no room for it"]
 
 
+def test_job_goes_on_where_the_inputs_have_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    unet = Unet()
+    with replayed(unet, record) as replay:
+        call(unet, inputs(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "to", no_room)
+            second = call(unet, inputs(1))
+        third = call(unet, inputs(2))
+    assert torch.equal(second, expected(1))
+    assert torch.equal(third, expected(2))
+    assert replay.replays == 0
+
+
 def test_nothing_is_left_after_the_block_also_when_the_job_is_cancelled() -> None:
     unet, before = Unet(), Again.resets
     with pytest.raises(Cancelled), replayed(unet, record) as replay:

@@ -71,12 +71,23 @@ def test_split_that_leaves_an_expert_out_is_refused_with_what_it_would_give(thre
     (problem,) = caught.value.problems
     assert problem.field == "switch_threshold"
     assert split in problem.message
-    assert "from 4.98 to below 1000.00" in problem.message
+    assert problem.message.endswith("4.98 it must be from 4.99 to below 1000.00")
 
 
-@pytest.mark.parametrize(("threshold", "split"), [(4.981, Split(5, 1)), (999.9, Split(1, 5))])
+@pytest.mark.parametrize(("threshold", "split"), [(4.99, Split(5, 1)), (999.99, Split(1, 5))])
 def test_thresholds_that_the_refusal_names_are_accepted(threshold, split):
     assert split_at(SIX, threshold) == split
+
+
+@pytest.mark.parametrize("flow_shift", [0.01, 1.0, 3.0, 5.0, 8.0, 100.0])
+@pytest.mark.parametrize("steps", [2, 6, 8, 100])
+def test_least_threshold_that_a_refusal_names_is_accepted_on_every_grid(steps, flow_shift):
+    grid = reference_timesteps(steps, flow_shift)
+    with pytest.raises(InvalidInput) as caught:
+        split_at(grid, 0.0)
+
+    least = float(caught.value.sentence.rpartition(" from ")[2].partition(" to ")[0])
+    assert split_at(grid, least).low >= 1
 
 
 def test_one_step_cannot_be_split():

@@ -11,7 +11,7 @@ from tests.engine.svi_parts import tiny_text_encoder, tiny_tokenizer
 FOX = "a red fox runs"
 
 
-def prompt_encoder(max_entries=32):
+def prompt_encoder():
     """A PromptEncoder on tiny parts, and the list of the prompts' ids that its encoder was called with."""
     model, calls = tiny_text_encoder(), []
     model.register_forward_pre_hook(lambda _module, inputs: calls.append(inputs[0].tolist()))
@@ -20,7 +20,7 @@ def prompt_encoder(max_entries=32):
     def use_encoder():
         yield model
 
-    return PromptEncoder(tiny_tokenizer(), use_encoder, max_entries), calls
+    return PromptEncoder(tiny_tokenizer(), use_encoder), calls
 
 
 def stock(prompt):
@@ -59,16 +59,6 @@ def test_changing_a_result_does_not_change_what_is_remembered():
     encoder.encode(FOX).hidden.zero_()
 
     assert torch.equal(encoder.encode(FOX).hidden, expected)
-
-
-def test_memory_is_bounded_and_forgets_the_longest_unused():
-    encoder, calls = prompt_encoder(max_entries=2)
-    for prompt in ("a", "red", "a", "fox", "a"):
-        encoder.encode(prompt)
-    assert len(calls) == 3
-
-    encoder.encode("red")
-    assert len(calls) == 4
 
 
 def test_embedding_is_zero_after_the_last_real_token():

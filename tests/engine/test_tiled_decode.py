@@ -10,9 +10,10 @@ from engine.fast_decode import FastDecoder
 from engine.passes import TORCH
 from engine.profiles import PROFILES
 from engine.settings import Settings
-from engine.tiled_decode import Tiling, _shares, decode_tiled
+from engine.tiled_decode import Tiling, _shares, decode_tiled, stepped, steps
 from engine.vae import decode_chunks, decode_end_single
 from engine.weights import locate
+from schemas.errors import Cancelled
 
 SMALL = Tiling(side=12, overlap=4)
 
@@ -85,3 +86,28 @@ def test_no_tile_is_larger_than_the_memory_it_is_for(vae) -> None:
     list(decode_tiled(decode, torch.zeros(1, 16, 1, 40, 40)))
     assert len(seen) == 4
     assert max(max(sides) for sides in seen) <= 32
+
+
+@pytest.mark.parametrize("in_tiles", [False, True])
+@torch.inference_mode()
+def test_each_chunk_that_was_computed_is_a_step(vae, in_tiles: bool) -> None:
+    latents, done = torch.zeros(1, 16, 3, 40, 27), []
+    chunks = stepped(partial(decode_chunks, vae), latents, in_tiles, lambda: done.append(1))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
+    assert len(done) == steps(latents, in_tiles) == (6 if in_tiles else 3)
+
+
+def test_step_that_raises_ends_the_tiles_before_the_first_chunk_is_handed_out() -> None:
+    """A cancel, long before any frame of a clip in tiles is there."""
+    decoded = []
+
+    def cancel() -> None:
+        raise Cancelled("the job was cancelled")
+
+    def decode(tile: torch.Tensor) -> list[torch.Tensor]:
+        decoded.append(1)
+        return enlarge(tile)
+
+    with pytest.raises(Cancelled):
+        next(stepped(decode, torch.zeros(1, 16, 1, 60, 104), True, cancel))
+    assert len(decoded) == 1

@@ -107,8 +107,8 @@ def test_nine_start_frames_go_on_from_the_video(media: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("going on from the newest 9 frames")
 
 
-def test_video_behind_a_url_is_gone_on_from(media: Path) -> None:
-    url = "https://example.com/clip.mp4"
+@pytest.mark.parametrize("url", ["https://example.com/clip.mp4", "https://example.com/clip.MP4?X-Signature=ab.png#t"])
+def test_video_behind_a_url_is_gone_on_from(media: Path, url: str) -> None:
     assert asked(media, "--start", url, "--num-start-frames", "9")["prefix_video"] == url
     with pytest.raises(Unusable, match="single frames are taken from files only"):
         asked(media, "--start", url)
@@ -170,7 +170,9 @@ def test_job_goes_on_from_a_video_on_this_machine(
 class FakeRunPod:
     """RunPod's job API as a client sees it: each poll takes the next of `polls`, an answer or an HTTP status."""
 
-    polls: list[dict[str, Any] | int]
+    polls: list[dict[str, Any] | int | bytes]
+    """What /status answers: an object, a status without one, or a body that is no JSON."""
+    cancel_status: int = 200
     run_status: int = 200
     seen: list[tuple[str, str | None, Any]] = field(default_factory=list)
     """(method and path, Authorization, body) of each request."""
@@ -188,11 +190,15 @@ class FakeRunPod:
                     self._reply(200, MP4)
                     return
                 poll = fake.polls.pop(0)
-                self._reply(poll, b"{}") if isinstance(poll, int) else self._reply(200, json.dumps(poll).encode())
+                if isinstance(poll, int):
+                    self._reply(poll, b"{}")
+                else:
+                    self._reply(200, poll if isinstance(poll, bytes) else json.dumps(poll).encode())
 
             def do_POST(self) -> None:
                 fake._note(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self._reply(fake.run_status, b'{"id": "job-1", "status": "IN_QUEUE"}')
+                status = fake.cancel_status if self.path.startswith("/cancel") else fake.run_status
+                self._reply(status, b'{"id": "job-1", "status": "IN_QUEUE"}')
 
             def _reply(self, status: int, body: bytes) -> None:
                 self.send_response(status)
@@ -280,7 +286,7 @@ def test_job_without_a_result_says_why(runpod: FakeRunPod, ended: dict[str, Any]
 
 
 def test_polls_that_fail_are_tried_again_but_not_for_ever(runpod: FakeRunPod) -> None:
-    runpod.polls = [*[502] * 9, {"status": "IN_QUEUE"}, *[429] * 9, runpod.done()]
+    runpod.polls = [*[502] * 9, {"status": "IN_QUEUE"}, *[429] * 8, b"<html>a gateway's page", runpod.done()]
     assert runpod.run()["seed"] == 7
     runpod.polls = [502] * 10
     with pytest.raises(EndpointFailed, match="cannot be followed any more: HTTP Error 502"):
@@ -311,6 +317,16 @@ def test_ctrl_c_takes_the_job_back(runpod: FakeRunPod) -> None:
     with pytest.raises(KeyboardInterrupt):
         Endpoint(runpod.url, "key").run({}, 1800, interrupted)
     assert runpod.seen[-1][0] == "POST /cancel/job-1"
+
+
+def test_ctrl_c_that_cannot_take_the_job_back_says_that_it_may_still_run(runpod: FakeRunPod) -> None:
+    runpod.polls, runpod.cancel_status = [{"status": "IN_PROGRESS", "output": STEP}], 502
+
+    def interrupted(update: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(EndpointFailed, match="job job-1 could not be taken back and may still run: HTTP Error 502"):
+        Endpoint(runpod.url, "key").run({}, 1800, interrupted)
 
 
 def test_video_inside_the_response_is_written_out(tmp_path: Path) -> None:

@@ -171,7 +171,10 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
     ("svi_endframe", "overlap", 5, "overlap: must be a multiple of 4, got 5; the nearest are 4 and 8"),
     ("svi_endframe", "svi2pro", "false", 'svi2pro: must be true or false, got "false"'),
     ("svi_endframe", "svi2pro", 0, "svi2pro: must be true or false, got 0"),
-    ("svi_endframe", "flow_shift", 0, "flow_shift: must be more than 0, got 0"),
+    ("svi_endframe", "flow_shift", 0, "flow_shift: must be at least 0.01, got 0"),
+    # 1e-17 would be a division by zero on the grid
+    ("svi_endframe", "flow_shift", 1e-17, "flow_shift: must be at least 0.01, got 1e-17"),
+    ("svi_endframe", "low_steps", 100, "low_steps: must be at most 99, got 100"),
     ("svi_endframe", "state", "not base64!", "state: must be base64, got a string of 11 characters"),
     (
         "svi_endframe",

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.profiles import resolve
+from schemas.effective import as_run
 from schemas.errors import InvalidInput, error_response
 from schemas.input_schema import INPUT_SCHEMA, effective, media_fields, parse_request
 from tests.figures import Figure
@@ -25,10 +27,12 @@ ANY_KEY = st.dictionaries(TEXT | st.integers() | st.none() | st.floats(), JSON, 
 
 
 def payloads(mode: str) -> st.SearchStrategy[dict[str, Any]]:
-    """A right request with some fields replaced, near to right and far from it."""
+    """A right request with some fields replaced: right by themselves, near to it and far from it."""
     names = st.sampled_from(INPUT_SCHEMA[mode].names()) | TEXT
     near = st.integers(-2, 300) | st.floats(-1, 10) | st.sampled_from(list(FULL[mode].values()))
-    changed = st.dictionaries(names, near | JSON, max_size=6)
+    right = st.lists(st.sampled_from(list(FULL[mode].items())), max_size=4)
+    wrong = st.lists(st.tuples(names, near | JSON), max_size=6)
+    changed = st.builds(lambda one, other: dict(one + other), right, st.just([]) | wrong)
     return st.builds(
         lambda base, change: {**base, **change, "mode": mode},
         st.sampled_from([LEAST[mode], FULL[mode]]),
@@ -36,8 +40,43 @@ def payloads(mode: str) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+FITTING: dict[str, list[Any]] = {
+    "model_type": ["wan_2_2_i2v_lightning_svi_3_3", "wan_2_2_i2v_lightning_svi_endframe"],
+    "prompt": ["x"],
+    "prompts": [["x"], ["x", "y"], ["x"] * 16],
+    "negative_prompt": [""],
+    "image_start": [["a"], ["a"] * 2, ["a"] * 9],
+    "image_end": [None],
+    "image_refs": [["c"]],
+    "prefix_video": ["d"],
+    "svi2pro": [True, False],
+    "layout": ["svi", "svi_latent", "svi_upstream", "svi_pixel4", "flf", "kijai_end"],
+    "video_length": [5, 9, 81, 85, 233, 1221],
+    "segments": [1, 2, 3, 16],
+    "overlap": [4, 8, 20],
+    "frame_policy": ["window"],
+    "lock_end": [True, False],
+    "num_inference_steps": [2, 8, 100],
+    "guidance_scale": [0, 3],
+    "flow_shift": [0.01, 100],
+    "switch_threshold": [500],
+    "high_steps": [1, 2, 99],
+    "low_steps": [1, 6, 99],
+    "seed": [-1, 2**63 - 1],
+    "return_state": [True],
+    "state": ["aaaa"],
+}
+"""Values of svi_endframe's fields that are each right; whether they go together is another matter."""
+
+
+def combinations() -> st.SearchStrategy[dict[str, Any]]:
+    some = st.lists(st.sampled_from(list(FITTING)), max_size=5, unique=True)
+    chosen = some.flatmap(lambda names: st.fixed_dictionaries({name: st.sampled_from(FITTING[name]) for name in names}))
+    return chosen.map(lambda fields: {**LEAST["svi_endframe"], **fields})
+
+
 def check(payload: object) -> bool:
-    """Parse, and look at what comes back; True if it was taken."""
+    """Parse, look at what comes back, and say it as a finished job does; True if it was taken."""
     try:
         request = parse_request(payload)
     except InvalidInput as error:
@@ -45,14 +84,14 @@ def check(payload: object) -> bool:
         assert all(len(problem.field) < 200 and 0 < len(problem.message) < 1200 for problem in error.problems)
         json.dumps(error_response(error), allow_nan=False, ensure_ascii=False).encode()  # what the wire does to it
         return False
-    request.warnings()
-    hashes: dict[str, Any] = {}
     media: dict[str, Any] = {}
     for kind in ("picture", "video", "latent"):
         media |= media_fields(request, kind)
     hashes = {name: ["00"] * len(text) if isinstance(text, list) else "00" for name, text in media.items()}
-    ran = json.loads(json.dumps(effective(request, 7, hashes), allow_nan=False))
-    assert parse_request({**ran, **media}).explicit() == {**request.explicit(), "seed": 7}
+    for one in (request, as_run(request, resolve(request), 480, 832)):
+        one.warnings()
+        ran = json.loads(json.dumps(effective(one, 7, hashes), allow_nan=False))
+        assert parse_request({**ran, **media}).explicit() == {**one.explicit(), "seed": 7}
     return True
 
 
@@ -67,6 +106,18 @@ def test_parse_answers_every_request_of_a_mode(mode: str) -> None:
 
     fuzz()
     assert 0.02 < sum(taken) / len(taken) < 0.98  # both answers were tried
+
+
+def test_every_request_that_is_taken_can_be_answered_as_it_ran() -> None:
+    taken = []
+
+    @settings(max_examples=600, deadline=None, derandomize=True)
+    @given(combinations())
+    def fuzz(payload: dict[str, Any]) -> None:
+        taken.append(check(payload))
+
+    fuzz()
+    assert 0.2 < sum(taken) / len(taken) < 0.9  # both answers were tried
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

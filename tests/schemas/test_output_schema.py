@@ -114,6 +114,15 @@ def test_effective_of_a_response_is_a_request_again() -> None:
     assert again.explicit() == {**response["effective"], "image_start": "a", "image_end": "b"}
 
 
+def test_chain_with_a_prompt_for_each_clip_is_answered_and_its_effective_is_a_request_again() -> None:
+    payload = {**LEAST["svi_endframe"], "prompts": ["dusk falls", "the stars come out"], "segments": 2}
+    response = answer(payload, "wan_2_2_i2v_lightning_svi_3_3", Made((replace(VIDEO, frames=157),)))
+    assert response["effective"]["prompts"] == ["dusk falls", "the stars come out"]
+    assert response["warnings"] == []
+    again = parse_request({**response["effective"], "image_start": "a", "image_end": "b"})
+    assert again.explicit() == {**response["effective"], "image_start": "a", "image_end": "b"}
+
+
 @pytest.mark.parametrize("mode", ["video", "svi_endframe"])
 def test_size_that_no_request_may_ask_for_stays_open(mode: str) -> None:
     profile = {"video": "wan21_i2v_480p", "svi_endframe": "wan_2_2_i2v_lightning_svi_3_3"}[mode]

@@ -203,12 +203,10 @@ def test_filled_refuses_what_the_contract_refuses() -> None:
         parse_request(LEAST["video"]).filled({"height": 481, "width": 832})
 
 
-def test_contract_imports_fast_and_without_the_heavy_libraries() -> None:
+def test_contract_imports_without_the_heavy_libraries() -> None:
     code = (
-        "import sys, time; t = time.process_time(); import schemas.input_schema, schemas.output_schema; "
-        "print(time.process_time() - t, sorted({'torch', 'numpy', 'PIL', 'engine'} & set(sys.modules)))"
+        "import sys, schemas.input_schema, schemas.output_schema; "
+        "print(sorted({'torch', 'numpy', 'PIL', 'engine'} & set(sys.modules)))"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    seconds, heavy = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
-    assert set(heavy) == {"[]\n"}
-    assert min(map(float, seconds)) < 0.25  # of CPU time, so that a busy machine does not count; 0.14 measured
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from engine.chain import SEED_STRIDE, Wish, plan
-from engine.conditioning import LAYOUTS
+from engine.conditioning import LAYOUTS, Given, condition
+from engine.geometry import VideoShape
 from engine.profiles import PROFILES
 from schemas import svi_rules
 from schemas.input_schema import SviEndframeRequest, parse_request
@@ -24,6 +26,25 @@ def test_layouts_are_the_engines() -> None:
 def test_windowed_layouts_are_those_whose_first_implementation_returns_other_frames() -> None:
     windowed = {name for name, layout in LAYOUTS.items() if layout.end_alone or layout.window_cut is not None}
     assert set(svi_rules.WINDOWED) == windowed
+
+
+@pytest.mark.parametrize("layout", svi_rules.SEVERAL_STARTS)
+@pytest.mark.parametrize("frames", [5, 9, 13])
+def test_as_many_starts_are_taken_as_the_condition_has_room_for(layout: str, frames: int) -> None:
+    (clip,) = plan(Wish(frames, ("",), 0, layout))
+    most = frames - svi_rules.END_FRAMES[layout]
+
+    def build(starts: int) -> torch.Tensor:
+        picture = torch.zeros(1, 3, 1, 8, 8)
+        given = Given(picture, picture.expand(-1, -1, starts, -1, -1), picture)
+        return condition(layout, clip.latent_frames, given, lambda pixels: torch.zeros(1, 16, shape_of(pixels), 1, 1))
+
+    def shape_of(pixels: torch.Tensor) -> int:
+        return VideoShape(pixels.shape[2], 8, 8).latent().frames
+
+    assert build(most).shape[2] == clip.latent_frames
+    with pytest.raises(ValueError, match="known start frames and end"):
+        build(most + 1)
 
 
 @pytest.mark.parametrize("model_type", svi_rules.DEFAULT_LAYOUTS)

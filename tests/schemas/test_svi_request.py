@@ -165,7 +165,31 @@ def test_wrong_alias_is_named_as_the_caller_named_it(fields: dict[str, Any], sen
             {"prompts": ["a", "b", "c"]},
             "prompts: must be at most one for each of 1 clips, got 3; set segments to 3",
         ),
+        (
+            {"prompts": ["a", "b", "c"], "video_length": 13},
+            "prompts: must be at most one for each of 1 clips, got 3; 13 frames make at most 2",
+        ),
+        (
+            {"prompts": ["a", "b"], "layout": "flf"},
+            "prompts: must be at most one for each of 1 clips, got 2: layout flf makes one clip",
+        ),
         ({"high_steps": 2}, "high_steps: and low_steps go together; give both or neither"),
+        (
+            {"high_steps": 60, "low_steps": 60},
+            "high_steps: and low_steps must be at most 100 together, got 60 + 60",
+        ),
+        (
+            {"image_start": ["a"] * 5, "layout": "flf", "video_length": 5},
+            "image_start: must be at most 4 of the 5 frames in layout flf, got 5 pictures",
+        ),
+        (
+            {"image_start": ["a"] * 6, "layout": "svi_pixel4", "num_frames": 9},
+            "image_start: must be at most 5 of the 9 frames in layout svi_pixel4, got 6 pictures",
+        ),
+        (
+            {"image_start": ["a"] * 6, "layout": "kijai_end", "video_length": 5},
+            "image_start: must be at most 5 of the 5 frames in layout kijai_end, got 6 pictures",
+        ),
         (
             {"high_steps": 2, "low_steps": 4, "num_inference_steps": 8},
             "num_inference_steps: must be 2 + 4 = 6 as high_steps and low_steps say, got 8",
@@ -202,7 +226,11 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], sent
         {"video_length": 981, "overlap": 20},
         {"prompts": ["a", "b", "c"], "segments": 3},
         {"prompts": ["a"], "segments": 3},
+        {"prompts": ["a", "b"], "segments": 2, "video_length": 13},
         {"high_steps": 2, "low_steps": 4, "num_inference_steps": 6},
+        {"high_steps": 1, "low_steps": 99},
+        {"image_start": ["a"] * 5, "layout": "kijai_end", "video_length": 5},
+        {"image_start": ["a"] * 9, "layout": "flf", "video_length": 9, "prefix_video": "a"},
         {"layout": "kijai_end", "lock_end": True},
         {"layout": "flf", "lock_end": False},
     ],
@@ -284,6 +312,14 @@ def test_lora_multipliers_have_one_form(value: Any, meant: tuple[str, ...]) -> N
             {"frame_policy": "window", "layout": "flf"},
             "frame_policy has no effect: layout flf always returns what was asked for",
         ),
+        (
+            {"layout": "flf", "prefix_video": "v"},
+            "layout flf starts on the newest frames of prefix_video, not on image_start",
+        ),
+        (
+            {"layout": "kijai_end", "prefix_video": "v", "image_refs": ["b"]},
+            "layout kijai_end starts on the newest frames of prefix_video, not on image_start or image_refs",
+        ),
         ({"overlap": 8}, "overlap has no effect on a single clip"),
         (
             {"negative_prompt": "x", "guidance_scale": 1, "guidance2_scale": 1},
@@ -302,6 +338,9 @@ def test_what_is_legal_and_may_surprise_is_said(fields: dict[str, Any], warning:
         {"image_refs": [LEAST_SVI["image_start"]]},
         {"frame_policy": "window"},
         {"overlap": 8, "segments": 2},
+        {"overlap": 8, "return_state": True},
+        {"layout": "flf", "prefix_video": "v", "image_start": None},
+        {"prefix_video": "v"},
         {"negative_prompt": "x", "guidance_scale": 3, "guidance2_scale": 1},
         {"negative_prompt": "x"},
     ],
@@ -313,6 +352,25 @@ def test_an_ordinary_request_earns_no_warning(fields: dict[str, Any]) -> None:
 def test_explicit_says_the_length_that_segments_mean() -> None:
     explicit = parse(segments=3, prompts=["a"]).explicit()
     assert (explicit["video_length"], explicit["segments"], explicit["prompt"]) == (233, 3, None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompts": ["a", "b"], "segments": 2},
+        {"prompts": ["a"]},
+        {"segments": 16, "overlap": 20},
+        {"high_steps": 1, "low_steps": 99},
+        {"loras_multipliers": "1;0 0;1 1.2;0 0;1", "seed": -1},
+    ],
+)
+def test_filled_takes_every_request_that_the_parser_takes(fields: dict[str, Any]) -> None:
+    request = parse(**fields)
+    filled = request.filled({"num_inference_steps": 6, "switch_threshold": 883.0, "resolution": "832x480"})
+    assert (filled.resolution, filled.seed) == ("832x480", None)
+    assert (filled.total_frames, filled.clip_count) == (request.total_frames, request.clip_count)
+    assert filled.clip_prompts == request.clip_prompts
+    assert filled.given(*fields) == request.given(*fields)
 
 
 def test_filled_keeps_the_callers_own_split() -> None:

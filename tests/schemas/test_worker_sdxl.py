@@ -127,6 +127,16 @@ def test_strength_that_leaves_no_step_is_fine_where_strength_has_no_effect() -> 
             ["high_noise_frac 1 splits nothing: the base runs all its steps"],
         ),
         ({"prompt": "x", "quality": 50}, ["quality has no effect on png"]),
+        (
+            {"prompt": "x", "negative_prompt": "y", "guidance_scale": 1, "refiner_guidance_scale": 1},
+            ["negative_prompt has no effect where guidance is 1 or less in every model that runs"],
+        ),
+        (
+            {"image_url": "aaaa", "negative_prompt": "y", "refiner_guidance_scale": 0},
+            ["negative_prompt has no effect where guidance is 1 or less in every model that runs"],
+        ),
+        ({"prompt": "x", "negative_prompt": "y", "guidance_scale": 1}, []),
+        ({"prompt": "x", "guidance_scale": 1, "refiner_guidance_scale": 1}, []),
         ({"prompt": "x", "quality": 50, "output_format": "jpeg"}, []),
     ],
 )

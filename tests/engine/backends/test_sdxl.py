@@ -1,5 +1,6 @@
 """SDXL through our backend equals diffusers called by hand with the same parts, and no request leaves a trace."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,65 @@ def test_negative_prompt_reaches_base_and_refiner(sdxl: Sdxl) -> None:
     plain = sdxl.generate(task(sdxl, payload, picture), Progress()).pictures[0]
     other = sdxl.generate(task(sdxl, {**payload, "negative_prompt": "grass"}, picture), Progress()).pictures[0]
     assert not np.array_equal(plain, other)
+
+
+@pytest.fixture
+def encoder_calls(sdxl: Sdxl) -> Iterator[list[str]]:
+    """The text encoders' forwards from now on, by component."""
+    calls: list[str] = []
+    names = ("text_encoder", "text_encoder_2")
+    hooks = [sdxl._parts[n].register_forward_pre_hook(lambda *_, n=n: calls.append(n)) for n in names]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def test_known_words_ask_no_encoder_and_give_the_same_picture(sdxl: Sdxl, encoder_calls: list[str]) -> None:
+    payload = {**SMALL, "prompt": "a blue fox", "negative_prompt": "mist"}
+    first = sdxl.generate(task(sdxl, payload), Progress()).pictures[0]
+    # prompt and negative prompt by both encoders for the base, and by the second one for the refiner
+    assert sorted(encoder_calls) == ["text_encoder"] * 2 + ["text_encoder_2"] * 4
+    encoder_calls.clear()
+
+    again = sdxl.generate(task(sdxl, payload), Progress()).pictures[0]
+    other = sdxl.generate(task(sdxl, {**payload, "scheduler": "PNDM", "num_images": 2}, seed=8), Progress()).pictures
+    assert encoder_calls == []
+    assert np.array_equal(first, again)
+    assert np.array_equal(other[1], by_hand(sdxl, {**payload, "scheduler": "PNDM", "num_images": 2}, seed=8)[1])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"negative_prompt": ""},  # not None: the base has zeros for None
+        {"negative_prompt": "grass"},
+        {"guidance_scale": 1.0},
+        {"refiner_guidance_scale": 1.0, "negative_prompt": "grass"},
+        {"prompt": "a Red fox"},
+    ],
+)
+def test_words_are_not_taken_for_others(sdxl: Sdxl, changed: dict[str, Any]) -> None:
+    sdxl.generate(task(sdxl, SMALL), Progress())
+    payload = {**SMALL, **changed}
+    assert np.array_equal(sdxl.generate(task(sdxl, payload), Progress()).pictures[0], by_hand(sdxl, payload)[0])
+
+
+def test_notes_tell_of_words_longer_than_clip_reads(sdxl: Sdxl) -> None:
+    payload = {**SMALL, "prompt": "fox " * 76, "negative_prompt": "fox " * 75}
+    notes = sdxl.generate(task(sdxl, payload), Progress()).notes
+    assert notes == ("the prompt is 78 tokens long; the model reads the first 77",)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "notes"),
+    [
+        (64, 96, ()),
+        (77, 101, ("image_url is 101x77 pixels and was scaled to 96x72: sides must be multiples of 8",)),
+    ],
+)
+def test_notes_tell_of_a_picture_that_was_scaled(sdxl: Sdxl, height: int, width: int, notes: tuple[str, ...]) -> None:
+    job = task(sdxl, {"prompt": "a red fox", "refiner_inference_steps": 10}, photo(height, width))
+    assert sdxl.generate(job, Progress()).notes == notes
 
 
 def test_scheduler_of_one_request_is_not_seen_by_the_next(sdxl: Sdxl) -> None:

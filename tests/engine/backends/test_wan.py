@@ -98,6 +98,20 @@ def test_known_prompt_and_picture_ask_no_encoder(wan: Wan, monkeypatch: pytest.M
     frames_of(wan.generate(task(wan, SMALL), Progress()))
 
 
+def test_what_the_operator_should_know_of_the_card_stays_in_the_log(wan: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wan._placed, "notes", ("decode without fused passes: RuntimeError: /root/.triton/cache",))
+    assert wan.generate(task(wan, {**SMALL, "num_inference_steps": 1}), Progress()).notes == ()
+
+
 def test_notes_tell_of_a_prompt_longer_than_the_model_reads(wan: Wan) -> None:
     frames = wan.generate(task(wan, {**SMALL, "prompt": "fox " * 600, "num_inference_steps": 1}), Progress())
     assert [note.endswith(" tokens long; the model reads the first 512") for note in frames.notes] == [True]
+
+
+def test_frames_are_decoded_without_gradients_and_leave_the_readers_mode_alone(wan: Wan) -> None:
+    frames = wan.generate(task(wan, {**SMALL, "num_inference_steps": 1}), Progress())
+    next(frames.chunks)
+    assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        frames.chunks.close()  # whoever drops a film half-way, wherever
+        assert torch.is_inference_mode_enabled()

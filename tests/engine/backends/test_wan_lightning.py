@@ -213,8 +213,17 @@ def test_second_run_that_saves_memory_decodes_in_tiles(
         tiled.append(tuple(latents.shape))
         return decode(latents)
 
-    monkeypatch.setattr("engine.backends.wan_lightning.decode_tiled", noted)
+    monkeypatch.setattr("engine.tiled_decode.decode_tiled", noted)
     frames_of(lightning.generate(replace(task(lightning), saves_memory=True), Progress()))
     assert tiled == [(1, 16, 3, 8, 12)]
     run(lightning)
     assert len(tiled) == 1
+
+
+def test_frames_are_decoded_without_gradients_and_leave_the_readers_mode_alone(lightning: WanLightning) -> None:
+    frames = lightning.generate(task(lightning), Progress())
+    next(frames.chunks)
+    assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        frames.chunks.close()  # whoever drops a film half-way, wherever
+        assert torch.is_inference_mode_enabled()

@@ -1,4 +1,6 @@
+import gc
 import threading
+import weakref
 import zlib
 from dataclasses import replace
 from typing import Any
@@ -436,12 +438,23 @@ def test_experts_that_take_turns_on_the_card_give_the_same_bytes(backend):
 
 
 def test_unload_lets_go_of_every_model():
-    backend = WanSvi(SVI, TinyParts(), Card("cpu", 2**40))
+    parts, models = TinyParts(), []
+    for name in ("vae", "text_encoder", "transformer", "transformer_2"):
+
+        def make(make=parts._make[name]):
+            models.append(weakref.ref(made := make()))
+            return made
+
+        parts._make[name] = make
+    backend = WanSvi(SVI, parts, Card("cpu", 2**40))
+    run(backend)
+    gc.collect()
+    assert all(model() is not None for model in models)
+
     backend.unload()
 
-    assert not [name for name, value in vars(backend).items() if isinstance(value, torch.nn.Module)]
-    assert not hasattr(backend, "_vae")
-    assert not hasattr(backend, "_placed")
+    gc.collect()
+    assert [model() for model in models] == [None] * 4
 
 
 class PartsWithLoras(TinyParts):
@@ -505,3 +518,27 @@ def test_frames_are_decoded_without_gradients_and_leave_the_readers_mode_alone(b
     next(frames.chunks)
 
     assert not torch.is_inference_mode_enabled()
+
+
+def test_clips_in_tiles_step_at_each_chunk_of_each_tile(backend):
+    """A tile of a whole clip is long: a cancel is looked at, and the watch on steps is told, while it is decoded."""
+    seen: list[Update] = []
+    run_again = replace(task(resolution="288x32", video_length=29, segments=2), saves_memory=True)
+    frames = backend.generate(run_again, Progress(seen.append))
+    assert sum(len(chunk) for chunk in frames.chunks) == 29
+    steps = [update for update in seen if update.stage == "decode"]
+    assert [update.step for update in steps] == list(range(len(steps)))
+    assert steps[-1].step == steps[-1].total == 2 * (5 + 6)  # tiles, latent frames of both clips
+
+
+def test_cancel_ends_a_clip_in_tiles_before_its_first_frame(backend):
+    cancelled = threading.Event()
+
+    def send(update: Update) -> None:
+        if (update.stage, update.step) == ("decode", 1):
+            cancelled.set()
+
+    run_again = replace(task(resolution="288x32"), saves_memory=True)
+    frames = backend.generate(run_again, Progress(send, cancelled=cancelled))
+    with pytest.raises(Cancelled):
+        next(frames.chunks)
