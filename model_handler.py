@@ -88,9 +88,10 @@ class ModelHandler:
 
     @cached_property
     def limits(self) -> Limits:
-        """What this worker takes. The card is asked once, before anything of ours is on it."""
+        """What this worker takes. Card and host are asked once, before anything of ours is there."""
         settings = self._settings
-        return Limits(budget_bytes(settings.vram_gib), settings.precision, settings.max_work_gpx)
+        host_bytes = max(0, self.lot.room_bytes()) if device() == "cuda" else None  # a CPU has nothing beside it
+        return Limits(budget_bytes(settings.vram_gib), settings.precision, settings.max_work_gpx, host_bytes)
 
     def gate(self, profile: Profile) -> Gate:
         """Who may run `profile` on this card. Loads nothing."""
@@ -215,8 +216,15 @@ class ModelHandler:
         return Loaded(profile, backend, made)
 
     def _plan(self, profile: Profile, wanted: Demand, bytes_left: int) -> Plan:
-        precision = self._settings.precision
-        return plan(profile, bytes_left, precision=precision, shape=wanted.shape, images=wanted.images)
+        limits = self.limits
+        return plan(
+            profile,
+            bytes_left,
+            precision=limits.precision,
+            shape=wanted.shape,
+            images=wanted.images,
+            host_bytes=limits.host_bytes,
+        )
 
     def _kind_beside_others(self, profile: Profile, wanted: Demand) -> str | None:
         try:
@@ -249,7 +257,7 @@ class ModelHandler:
     def _card(self, bytes_left: int, wanted: Demand) -> Card:
         settings = self._settings
         levers = Levers(settings.attention, settings.compile, settings.cache_dir)
-        return Card(device(), bytes_left, settings.precision, levers, wanted.shape)
+        return Card(device(), bytes_left, settings.precision, levers, wanted.shape, self.limits.host_bytes)
 
     def _cap_memory(self) -> None:
         """Hold the process to WORKER_VRAM_GIB, so that a shared or emulated card is not overrun."""
@@ -297,10 +305,20 @@ def budget_bytes(vram_gib: float | None) -> int:
 
 
 def _give_back_cache(*, collects: bool = True) -> None:
-    """`collects`: first look for objects that hold each other and nobody else holds; a third of a second."""
+    """`collects`: first look for objects that hold each other and nobody else holds; a third of a second.
+
+    Raises:
+        GpuFault: a kernel of the job that has just ended has failed.
+    """
     import torch
 
     if collects:
         gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # it waits for the card: a kernel that was still running may have failed
+            fault = card_error(error)
+            if fault is None:
+                raise
+            raise fault from error

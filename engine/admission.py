@@ -1,13 +1,13 @@
 """Whether a request may run on this card, and what smaller one would: told before a weight is loaded.
 
 Two bounds. Memory: what stays on the card by the placement that leaves most room, and what this size needs beside it
-(see `residency` and `activations`). Work: WORKER_MAX_WORK, so that no request holds a card for hours.
+(see `residency` and `activations`); a placement counts if the host has room for what does not stay on the card. Work:
+WORKER_MAX_WORK, so that no request holds a card for hours.
 
 A refusal names requests that pass. Each was put to the same test before it is named, and differs in one respect only,
 so that the caller chooses what to give up.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from engine import smaller
 from engine.activations import usual_shape, work_bytes
 from engine.demand import Demand, Size, demand
 from engine.profile import EIGHT_BITS, Profile
-from engine.residency import GIB, least_card_bytes, room_bytes, runs_in
+from engine.residency import GIB, least_card_bytes, least_host_bytes, room_bytes, runs_in
 from engine.smaller import Ask
 from schemas.errors import RequestTooLarge
 from schemas.image_schema import ImageRequest
@@ -44,6 +44,8 @@ class Limits:
     precision: str | None = None
     max_work_gpx: float | None = None
     """See Demand.work_gpx; None: no bound."""
+    host_bytes: int | None = None
+    """Of page-locked host memory, for what does not stay on the card; None: no bound."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Gate:
     @cached_property
     def room_bytes(self) -> int:
         """The most that a request may need beside the weights."""
-        return room_bytes(self.profile, self.limits.budget_bytes, self.limits.precision)
+        limits = self.limits
+        return room_bytes(self.profile, limits.budget_bytes, limits.precision, limits.host_bytes)
 
     @cached_property
     def is_narrow(self) -> bool:
@@ -90,6 +93,9 @@ class Gate:
     def is_little_work(self, wanted: Demand) -> bool:
         return self.limits.max_work_gpx is None or wanted.work_gpx <= self.limits.max_work_gpx
 
+    def is_admitted(self, wanted: Demand) -> bool:
+        return self.fits(wanted) and self.is_little_work(wanted)
+
     def planned(self, wanted: Demand | None) -> Demand:
         """What to load the profile for: this request or the usual one, whichever needs more.
 
@@ -106,19 +112,25 @@ class Gate:
         if wanted is None:
             return "ask for less"
         most_bytes = EASIER * self.needed_bytes(wanted)
-        passing = self._passing(_ask(request, wanted, pictures), lambda one: self.needed_bytes(one) <= most_bytes)
+        ask = _ask(request, wanted, pictures)
+        passing = self._passing(ask, lambda one: self.is_admitted(one) and self.needed_bytes(one) <= most_bytes)
         return f"try {', or '.join(passing)}" if passing else "there is no smaller size of this request to try"
 
     def _memory_sentence(self, ask: Ask, wanted: Demand) -> str:
-        peak_bytes = least_card_bytes(self.profile, self.limits.precision, self.needed_bytes(wanted))
+        limits, needed_bytes = self.limits, self.needed_bytes(wanted)
+        where, there_bytes = "host", limits.host_bytes
+        peak_bytes = least_host_bytes(self.profile, limits.precision, needed_bytes, limits.budget_bytes)
+        if peak_bytes is None or there_bytes is None:  # no placement fits the card, whatever the host has
+            where, there_bytes = "card", limits.budget_bytes
+            peak_bytes = least_card_bytes(self.profile, limits.precision, needed_bytes)
         return (
-            f"{ask.words()} would take {peak_bytes / GIB:.1f} GiB of card memory, and this card has "
-            f"{self.limits.budget_bytes / GIB:.1f} GiB; {_what_fits(self._passing(ask, self.fits))}"
+            f"{ask.words()} would take {peak_bytes / GIB:.1f} GiB of {where} memory, and this {where} has "
+            f"{there_bytes / GIB:.1f} GiB; {_what_fits(self._passing(ask, self.is_admitted))}"
         )
 
     def _work_sentence(self, ask: Ask, wanted: Demand) -> str:
-        passing = self._passing(ask, lambda one: self.is_little_work(one) and self.fits(one))
-        fewer = self._largest(smaller.fewer_steps, ask, self.is_little_work)
+        passing = self._passing(ask, self.is_admitted)
+        fewer = self._largest(smaller.fewer_steps, ask, self.is_admitted)
         if fewer is not None:
             field, steps = smaller.steps_of(fewer.request, self.profile)
             passing.append(f"{field} {steps}")
@@ -137,9 +149,9 @@ class Gate:
             wanted = demand(one.request, self.profile, one.given)
             return wanted is not None and passes(wanted)
 
-        asks = [one for one in way(ask, self.profile) if not any(one.request.broken_rules())]
-        i = bisect_left(asks, True, key=is_passing)  # from the largest down: once one passes, all after it do
-        return asks[i] if i < len(asks) else None
+        # One after the other: a film in more clips needs less memory and is more work, so neither side of it is sorted.
+        legal = (one for one in way(ask, self.profile) if not any(one.request.broken_rules()))
+        return next((one for one in legal if is_passing(one)), None)
 
 
 def _what_fits(passing: Sequence[str]) -> str:

@@ -25,3 +25,5 @@ class Card:
     levers: Levers = Levers()
     shape: VideoShape | None = None
     """Of one clip: the largest that there must be room for. None: the profile's own."""
+    host_bytes: int | None = None
+    """Of page-locked host memory, for what does not stay on the card; None: as much as is wanted."""

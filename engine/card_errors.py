@@ -2,11 +2,21 @@
 
 from schemas.errors import GpuFault, OutOfMemory, WorkerError
 
-# Source of the words: PyTorch's c10/cuda/CUDAException, the status names of cuBLAS and cuDNN, Triton's launcher.
-NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# Source of the words: PyTorch's CUDAException.h, ATen/cuda/Exceptions.h (the driver's own errors, which are no
+# AcceleratorError) and cudnn/Conv_v8.cpp, the status names of cuBLAS and cuDNN (8 and 9), Triton's launcher.
+NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    # A convolution for which no algorithm had room for its workspace: PyTorch drops the reason. Ours all have one.
+    "unable to find an engine to execute this computation",
+)
 NO_MEMORY_TRITON = ("Triton Error [CUDA]", "out of memory")
 FAULTS = (
     "CUDA error",
+    "CUDA driver error",
     "CUBLAS_STATUS",
     "CUDNN_STATUS",
     "cuDNN error",

@@ -5,6 +5,7 @@ in place: one transfer of hundreds of megabytes where there were twenty-odd smal
 """
 
 import logging
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
@@ -87,6 +88,8 @@ class HostCopy:
         self.buffers = [torch.empty(piece.size_bytes, dtype=torch.uint8) for piece in pieces]
         self._device = device
         self._locked: list[Tensor] = []
+        # A load that fails drops its copies without `release`, and memory freed while it is locked stays taken.
+        weakref.finalize(self, _unlock_all, self._locked).atexit = False  # the card's context goes first there
 
     @classmethod
     def of(cls, model: nn.Module, pieces: tuple[Piece, ...], device: str) -> Self:
@@ -128,9 +131,8 @@ class HostCopy:
 
     def release(self) -> None:
         """Unlock and forget. No copy from here may be under way."""
-        for buffer in self._locked:
-            unlock(buffer)
-        self.buffers, self._locked = [], []
+        _unlock_all(self._locked)
+        self.buffers = []
 
 
 def fill_piece(model: nn.Module, piece: Piece, buffer: Tensor) -> None:
@@ -159,6 +161,11 @@ def lock(buffer: Tensor, device: str) -> str | None:
 def unlock(buffer: Tensor) -> None:
     """Undo `lock`. No copy from the buffer may be under way."""
     torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def _unlock_all(locked: list[Tensor]) -> None:
+    while locked:
+        unlock(locked.pop())
 
 
 def _tensor(model: nn.Module, piece: Piece, field: Field) -> Tensor:

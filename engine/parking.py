@@ -116,6 +116,10 @@ class ParkingLot(Generic[T]):
         log.info("parked %s: %.2f GiB in host memory", one.name, weights.held_bytes / GIB)
         return True
 
+    def room_bytes(self) -> int:
+        """Of host memory that weights may still take; below 0 where less than the margin is left."""
+        return self._free_bytes() - MARGIN_BYTES
+
     def take(self, key: str) -> T:
         """Out of the lot, as it is. Raises KeyError: it is not there."""
         return self._parked.pop(key)
@@ -139,7 +143,7 @@ class ParkingLot(Generic[T]):
 
     def make_room(self, wanted_bytes: int) -> None:
         """Drop those parked longest until the host has room for so much, or none is left."""
-        while wanted_bytes and self._parked and wanted_bytes > self._room_bytes():
+        while wanted_bytes and self._parked and wanted_bytes > self.room_bytes():
             _, oldest = self._parked.popitem(last=False)
             log.info("%s is dropped from host memory to make room there", oldest.name)
             oldest.unload()
@@ -154,14 +158,11 @@ class ParkingLot(Generic[T]):
             return "not all of its weights have come yet"
         wanted_bytes = weights.needed_bytes + reserve_bytes
         held_bytes = sum(one.weights.held_bytes for one in self._parked.values())
-        if wanted_bytes <= self._room_bytes() + held_bytes:  # else dropping them would be of no use
+        if wanted_bytes <= self.room_bytes() + held_bytes:  # else dropping them would be of no use
             self.make_room(wanted_bytes)
-        if not wanted_bytes or wanted_bytes <= self._room_bytes():
+        if not wanted_bytes or wanted_bytes <= self.room_bytes():
             return None
         return f"host memory has no room for {wanted_bytes / GIB:.2f} GiB and a margin of {MARGIN_BYTES / GIB:.0f} GiB"
-
-    def _room_bytes(self) -> int:
-        return self._free_bytes() - MARGIN_BYTES
 
 
 def _problem(error: Exception) -> str:

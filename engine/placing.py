@@ -18,10 +18,10 @@ from engine.loading import Loaded, Loader
 from engine.packing import HostCopy
 from engine.parking import Parkable
 from engine.passes import TORCH, choose
-from engine.profile import Profile
+from engine.profile import EIGHT_BITS, Profile
 from engine.progress import Progress
 from engine.readahead import order_of_need
-from engine.residency import CARD, FAST_SINCE, STREAM_SLOTS, Plan, plan
+from engine.residency import CARD, STREAM_SLOTS, Plan, plan
 from engine.speed import Accelerated, accelerate, narrow
 from engine.standing import Standing
 from engine.visitor import Visitor
@@ -127,7 +127,7 @@ def place(profile: Profile, parts: Parts, card: Card, experts: Mapping[str, str]
     to 8 bits first needs whole tensors, and is loaded here.
 
     Raises:
-        RequestTooLarge: no placement fits the card's budget; nothing was loaded.
+        RequestTooLarge: no placement fits the card's budget and the host; nothing was loaded.
     """
     made = None if card.device == "cpu" else _plan(profile, card)
     arrival = Arrival(card.device)
@@ -147,6 +147,7 @@ def _plan(profile: Profile, card: Card) -> Plan:
         precision=card.precision,
         capability=torch.cuda.get_device_capability(card.device),
         shape=card.shape,
+        host_bytes=card.host_bytes,
     )
 
 
@@ -169,7 +170,7 @@ def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str,
     vae = loaded["vae"].model
     if (coming := loaded["vae"].coming) is not None:
         coming.wait_whole()  # it is read first, in a fraction of a second, and a decoder is made from its values
-    is_fast = made is not None and made.precision in FAST_SINCE
+    is_fast = made is not None and made.precision in EIGHT_BITS
     make_decoder, said = _bf16_decoder(vae, card) if is_fast else (lambda: vae, ())
     notes = (*notes, *(accelerated.notes if accelerated else ()), *said)
     if made is not None and accelerated is not None:

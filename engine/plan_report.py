@@ -24,7 +24,7 @@ MOST_PICTURES = 4
 
 
 class NothingFits(Exception):
-    """At least one baked profile has no placement on this card, or none is baked. The text is the whole report."""
+    """A baked profile has no placement on this card and host, or none is baked. The text is the whole report."""
 
 
 def report(settings: Settings, limits: Limits, capability: tuple[int, int] | None) -> str:
@@ -36,11 +36,19 @@ def report(settings: Settings, limits: Limits, capability: tuple[int, int] | Non
     """
     found = list(_baked(settings))
     whose = "this card" if capability else "no card here; as on one"
-    lines = [f"{whose} with {limits.budget_bytes / GIB:.2f} GiB"]
+    host = "" if limits.host_bytes is None else f", and {limits.host_bytes / GIB:.2f} GiB of host memory for weights"
+    lines = [f"{whose} with {limits.budget_bytes / GIB:.2f} GiB{host}"]
     is_well = bool(found)
     for profile, usual in found:
         try:
-            made = plan(profile, limits.budget_bytes, precision=limits.precision, capability=capability, shape=usual)
+            made = plan(
+                profile,
+                limits.budget_bytes,
+                precision=limits.precision,
+                capability=capability,
+                shape=usual,
+                host_bytes=limits.host_bytes,
+            )
             lines += ["", made.table(), *_limits(Gate(profile, limits))]
         except RequestTooLarge as error:
             is_well = False

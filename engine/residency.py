@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 from engine.activations import usual_shape, work_bytes
 from engine.geometry import VideoShape
-from engine.profile import Component, Profile
+from engine.profile import EIGHT_BITS, Component, Profile
 from schemas.errors import RequestTooLarge, SettingsError
 
 GIB = 2**30
 BLOCKS = 40  # of the 14B transformers (WanTransformer3DModel.config.num_layers)
 OUTSIDE_BLOCKS_SHARE = 0.019  # of their bytes in bf16; a test counts it on the meta device
+OUTSIDE_BLOCKS_SHARE_NARROW = 0.036  # the same bytes beside blocks in 8 bits: what stands outside stays wide
 STREAM_SLOTS = 2  # one block computes while the next arrives
 
 FAST_SINCE: Mapping[str, tuple[int, int]] = {
@@ -110,7 +111,7 @@ def plan(
         SettingsError: the weights are baked in fewer bits than `precision` asks for.
     """
     precision = runs_in(profile, precision)
-    needed = work_bytes(profile, shape or usual_shape(profile), images, is_narrow=precision in FAST_SINCE)
+    needed = work_bytes(profile, shape or usual_shape(profile), images, is_narrow=precision in EIGHT_BITS)
     reasons = list(_kernel_notes(precision, capability))
     plans = []
     for made, places in _plans(profile, precision, needed, budget_bytes):
@@ -126,19 +127,27 @@ def plan(
     raise RequestTooLarge(
         f"{profile.name} in {precision} at this size needs at least {card:.1f} GiB of card memory and "
         f"{host:.1f} GiB of host memory; the card has {budget_bytes / GIB:.1f} GiB"
+        + ("" if host_bytes is None else f" and the host {host_bytes / GIB:.1f} GiB")
     )
 
 
-def room_bytes(profile: Profile, budget_bytes: int, precision: str | None = None) -> int:
-    """The most that a request's activations may take, whatever placement that needs; 0: none fits the card."""
-    plans = _plans(profile, runs_in(profile, precision), 0, budget_bytes)
-    return max([0, *(budget_bytes - made.stays_bytes for made, _ in plans if made.card_bytes <= budget_bytes)])
+def room_bytes(profile: Profile, budget_bytes: int, precision: str | None = None, host_bytes: int | None = None) -> int:
+    """The most that a request's activations may take, whatever placement that needs; 0: none fits card and host."""
+    plans = [made for made, _ in _plans(profile, runs_in(profile, precision), 0, budget_bytes)]
+    fitting = [made for made in plans if host_bytes is None or made.host_bytes <= host_bytes]
+    return max([0, *(budget_bytes - made.stays_bytes for made in fitting if made.card_bytes <= budget_bytes)])
 
 
 def least_card_bytes(profile: Profile, precision: str | None, work_bytes: int) -> int:
     """Peak of the placement that claims least of a card."""
     plans = _plans(profile, runs_in(profile, precision), work_bytes, 0)
     return min(made.card_bytes for made, _ in plans)
+
+
+def least_host_bytes(profile: Profile, precision: str | None, work_bytes: int, budget_bytes: int) -> int | None:
+    """Of the placements that fit the card, what the one claims that needs least beside it; None: none fits."""
+    plans = _plans(profile, runs_in(profile, precision), work_bytes, budget_bytes)
+    return min((made.host_bytes for made, _ in plans if made.card_bytes <= budget_bytes), default=None)
 
 
 def runs_in(profile: Profile, wanted: str | None) -> str:
@@ -185,20 +194,21 @@ def _choices(profile: Profile, parts: list[Component]) -> Iterator[tuple[str, di
 
 def _row(part: Component, precision: str, where: str) -> Row:
     size_bytes = _size_bytes(part, precision)
+    outside = OUTSIDE_BLOCKS_SHARE_NARROW if precision in EIGHT_BITS else OUTSIDE_BLOCKS_SHARE
     shares = {
         CARD: 1.0,
         VISITS: 0.0,
         SWAPS: 1.0 if part.name == FIRST_TRANSFORMER else 0.0,  # one set of buffers for all experts
-        STREAMS: STREAM_SLOTS / BLOCKS + OUTSIDE_BLOCKS_SHARE if part.name == FIRST_TRANSFORMER else 0.0,
+        STREAMS: STREAM_SLOTS / BLOCKS + outside if part.name == FIRST_TRANSFORMER else 0.0,
     }
     return Row(part.name, size_bytes, where, round(size_bytes * shares[where]))
 
 
 def _size_bytes(part: Component, precision: str) -> int:
     """At the plan's precision: a text encoder's weights are rounded beside 8-bit transformers, also at load."""
-    if part.dtype in FAST_SINCE and part.dtype != precision:
+    if part.dtype in EIGHT_BITS and part.dtype != precision:
         raise SettingsError(f"{part.name} is baked in {part.dtype}; {precision} needs another bake")
-    return part.narrow_size_bytes if part.narrow_size_bytes and precision in FAST_SINCE else part.size_bytes
+    return part.narrow_size_bytes if part.narrow_size_bytes and precision in EIGHT_BITS else part.size_bytes
 
 
 def _kernel_notes(precision: str, capability: tuple[int, int] | None) -> Iterator[str]:

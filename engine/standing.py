@@ -54,17 +54,22 @@ class Standing:
                 for piece, buffer in zip(pieces, host.buffers, strict=True):
                     on_card = torch.empty_like(buffer, device=self._device)
                     point_at(module, piece, on_card.copy_(buffer, non_blocking=True))
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._settle()
         return self.held_bytes
 
     def unload(self) -> None:
         """The modules are empty afterwards."""
+        self._settle()  # a return that failed left copies under way, and what they read from is about to go
         for module in self._modules:
             module.to("meta")
         for host in self._hosts:
             host.release()
         self._modules, self._hosts = [], []
+
+    def _settle(self) -> None:
+        """Wait for the copies."""
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     @cached_property
     def _pieces(self) -> list[tuple[Piece, ...]]:

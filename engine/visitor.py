@@ -28,10 +28,6 @@ class Visitor:
         self._coming = coming[1] if coming is not None else None
         self.bytes_moved = 0
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self._host.notes
-
     @contextmanager
     def on_card(self) -> Iterator[nn.Module]:
         """The module with its parameters on the card for the length of the block, also when the block fails."""
@@ -68,5 +64,7 @@ class Visitor:
 
     def unload(self) -> None:
         """Give the host memory back. The module is empty afterwards."""
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.synchronize(self._device)  # a visit that failed may have left copies under way
         self._module.to("meta")
         self._host.release()

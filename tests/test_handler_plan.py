@@ -1,5 +1,6 @@
 """`--plan`: every baked profile with its table and its limits, and whether all of them can run."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_profile_without_a_placement_fails_the_report_which_shows_the_others_too
     assert "tiny/wan22_i2v_svi: stream, bf16" in text
 
 
+def test_host_that_cannot_hold_both_experts_fails_the_report(settings: Settings) -> None:
+    with pytest.raises(NothingFits) as caught:
+        report(settings, replace(limits(44.5), host_bytes=50 * GIB), (8, 9))
+    text = str(caught.value)
+    assert text.startswith("this card with 44.50 GiB, and 50.00 GiB of host memory for weights\n")
+    assert "63.9 GiB of host memory; the card has 44.5 GiB and the host 50.0 GiB\n  832x480: refused" in text
+    assert "tiny/wan21_i2v_480p: resident, bf16" in text
+
+
 def test_nothing_baked_fails_the_report(tmp_path: Path) -> None:
     with pytest.raises(NothingFits, match="no profile is baked"):
         report(Settings(weights_dir=tmp_path), limits(44.5), None)
@@ -101,6 +111,14 @@ def test_warm_up_says_why_nothing_can_be_compiled_here(
     bare = Settings(weights_dir=tmp_path)
     assert compile_ahead(bare, ModelHandler(bare)) == 1
     assert capsys.readouterr().out == "no video profile is baked where this worker looks\n"
+
+
+def test_warm_up_on_damaged_weights_says_so(twins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = Path(shutil.copytree(twins, tmp_path / "weights"))
+    next((weights / "sdxl" / "unet").glob("*.safetensors")).write_bytes(b"")
+    settings = Settings(weights_dir=weights)
+    assert compile_ahead(settings, ModelHandler(settings)) == 1
+    assert "cut short" in capsys.readouterr().out
 
 
 def test_warm_up_on_the_command_line_takes_no_jobs(twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:

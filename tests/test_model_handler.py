@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import model_handler
 from engine import profiles, weights
 from engine.backends import Task
 from engine.card import Card
@@ -318,6 +320,32 @@ def test_poisoned_context_is_a_gpu_fault_that_replaces_the_worker(words: str, tm
     assert words not in caught.value.sentence
 
 
+def test_fault_that_shows_only_when_the_card_gives_memory_back_replaces_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fault() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fault)
+    with pytest.raises(GpuFault):
+        model_handler._give_back_cache()
+
+
+def test_host_without_room_for_the_encoders_beside_a_card_is_told_and_nothing_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models_of(Stage(picture_of), 44.5, host_gib=16.0).limits.host_bytes is None  # nothing is beside a CPU
+    monkeypatch.setattr(model_handler, "device", lambda: "cuda")
+    models = models_of(Stage(picture_of), 44.5, host_gib=16.0)
+    assert models.limits.host_bytes == 12 * 2**30  # the lot's margin is left alone
+    with pytest.raises(RequestTooLarge, match=r"would take 12\.9 GiB of host memory, and this host has 12\.0 GiB"):
+        run(models, {**VIDEO, "height": 480, "width": 832, "num_frames": 81}, tmp_path)
+    assert models.loads == 0
+    roomy = models_of(Stage(picture_of), 44.5, host_gib=17.0)
+    assert run(roomy, VIDEO, tmp_path).files
+
+
 def test_other_runtime_errors_are_not_taken_for_the_cards(tmp_path: Path) -> None:
     def bug(*_: object) -> Images | Frames:
         raise RuntimeError("shape mismatch")
@@ -327,30 +355,49 @@ def test_other_runtime_errors_are_not_taken_for_the_cards(tmp_path: Path) -> Non
         run(models_of(Stage(bug)), IMAGE, tmp_path)
 
 
-def test_two_jobs_are_never_at_the_card_together(tmp_path: Path) -> None:
-    inside, most = 0, 0
+def most_at_the_card_of_four(models: ModelHandler, stage: Stage, folder: Path, alone_s: float) -> int:
+    """Four jobs at once, each on the card until another one is, or for `alone_s`."""
+    inside: set[int] = set()
+    most = 0
+    company = threading.Event()
     gate = threading.Barrier(4)
 
     def watched(task: Task, progress: Progress) -> Images | Frames:
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        made = picture_of(task, progress)
-        inside -= 1
-        return made
+        nonlocal most
+        inside.add(threading.get_ident())
+        most = max(most, len(inside))
+        if most > 1:
+            company.set()
+        company.wait(alone_s)
+        inside.remove(threading.get_ident())
+        return picture_of(task, progress)
 
-    models = models_of(Stage(watched))
-
-    def job() -> None:
+    def job(number: int) -> None:
         gate.wait()
-        run(models, IMAGE, tmp_path)
+        run(models, IMAGE, folder / str(number))
 
-    threads = [threading.Thread(target=job) for _ in range(4)]
+    stage.act = watched
+    for backend in stage.loaded:
+        backend()._act = watched
+    threads = [threading.Thread(target=job, args=[number]) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
+    return most
+
+
+def test_two_jobs_are_never_at_the_card_together(tmp_path: Path) -> None:
+    stage = Stage(picture_of)
+    assert most_at_the_card_of_four(models_of(stage), stage, tmp_path, alone_s=0.3) == 1
+
+
+def test_without_the_lock_they_would_be(tmp_path: Path) -> None:
+    stage = Stage(picture_of)
+    models = models_of(stage)
+    models._lock = nullcontext()
+    run(models, IMAGE, tmp_path)  # loaded once, by one
+    assert most_at_the_card_of_four(models, stage, tmp_path, alone_s=60.0) > 1
 
 
 def test_cancelled_job_frees_the_card_for_the_next(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import model_handler
-from engine import profiles, weights
+from engine import placing, profiles, weights
 from engine.backends import Backend, Task, load_backend
 from engine.card import Card
 from engine.outputs import Frames, Images
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.settings import Settings
+from engine.standing import Standing
 from model_handler import ModelHandler
 from schemas.errors import GpuFault
 from schemas.input_schema import parse_request
@@ -307,7 +308,9 @@ def test_video_image_video_on_real_twins_loads_twice_reads_once_and_is_equal(
     assert lot.bytes_to_card == 2 * first + second
     assert min(first, second) > 100_000
     assert len(disk.reads) == reads
-    assert (readers(), threading.active_count(), descriptors()) == ([], threads, open_files)
+    assert readers() == []
+    assert threading.active_count() <= threads  # an earlier test's may have ended meanwhile
+    assert descriptors() <= open_files
 
 
 def test_unload_all_on_real_twins_leaves_no_weights(studio: Studio) -> None:
@@ -341,3 +344,22 @@ def test_fault_in_the_middle_of_parking_a_real_twin_is_followed_by_an_equal_job(
     assert calls == [5]
     assert torch.equal(studio.job(SVI), video)
     assert (studio.models.loads, studio.models.lot.returns) == (3, 0)
+
+
+def test_out_of_memory_in_the_middle_of_a_load_is_followed_by_a_whole_one(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing, calls = placing._standing, [0]
+
+    def full_at_first(*args: Any) -> Standing:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return standing(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placing, "_standing", full_at_first)
+        video = studio.job(SVI)
+    assert (calls, studio.models.loads, readers()) == ([2], 1, [])
+    studio.models.unload_all()
+    assert torch.equal(studio.job(SVI), video)

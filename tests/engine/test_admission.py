@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -222,6 +223,66 @@ def test_work_named_by_a_refusal_passes() -> None:
     at = gate(LONG, most_gpx=2.0)
     for smaller in ({"video_length": 757}, {"resolution": "656x384"}, {"num_inference_steps": 3}):
         assert at.admit(parse_request({**LONG, **smaller})) is not None
+
+
+@pytest.mark.parametrize(
+    ("payload", "host_gib", "sentence"),
+    [
+        (
+            SVI,
+            50,
+            "832x480 with 81 frames would take 63.9 GiB of host memory, and this host has 50.0 GiB; "
+            "no smaller size of this request fits",
+        ),
+        (
+            {**VIDEO, "height": 1280, "width": 1280, "num_frames": 81},
+            30,
+            "1280x1280 with 81 frames would take 43.5 GiB of host memory, and this host has 30.0 GiB; "
+            "what fits: 736x736 with 81 frames",
+        ),
+    ],
+    ids=["svi_endframe", "video"],
+)
+def test_host_without_room_for_what_the_card_cannot_hold_is_told(payload: dict, host_gib: int, sentence: str) -> None:
+    on_a_card = gate(payload).limits
+    assert Gate(resolve(parse_request(payload)), on_a_card).admit(parse_request(payload)) is not None
+    beside_little = Gate(resolve(parse_request(payload)), replace(on_a_card, host_bytes=host_gib * GIB))
+    assert refusal(beside_little, payload) == sentence
+
+
+def test_size_named_for_a_small_host_is_admitted_there() -> None:
+    payload = {**VIDEO, "height": 736, "width": 736}
+    at = Gate(resolve(parse_request(payload)), Limits(int(44.5 * GIB), host_bytes=30 * GIB))
+    assert at.admit(parse_request(payload)) is not None
+
+
+LARGE_FILM = {**SVI, "resolution": "1280x1280", "video_length": 161}
+
+
+@pytest.mark.parametrize(
+    ("payload", "gib", "most_gpx", "named"),
+    [
+        (
+            {**IMAGE, "height": 2048, "width": 2048, "num_images": 4},
+            44.5,
+            0.5,
+            "4 pictures of 1248x1248, or 1 picture of 2048x2048",
+        ),
+        (
+            LARGE_FILM,
+            42.0,
+            1.75,
+            "1280x1280 with 73 frames, or 1280x1280 with 161 frames as 4 clips, or 1264x1264 with 161 frames",
+        ),
+        (LARGE_FILM, 42.0, 1.70, "1280x1280 with 73 frames, or 1264x1264 with 161 frames"),
+    ],
+    ids=["pictures", "clips", "clips that repeat too many frames"],
+)
+def test_refusal_for_memory_names_only_what_is_little_enough_work(
+    payload: dict, gib: float, most_gpx: float, named: str
+) -> None:
+    sentence = refusal(gate(payload, gib, most_gpx=most_gpx), payload)
+    assert re.search(r" GiB; what fits: (.*)$", sentence)[1] == named
 
 
 @pytest.mark.parametrize("payload", [LONG, {**VIDEO, "num_inference_steps": 500}])

@@ -89,4 +89,4 @@ def test_path_that_leads_out_of_the_mount_is_not_followed(proc: Path, tmp_path: 
 
 
 def test_this_machine_has_some() -> None:
-    assert free_bytes() > 100 * MIB
+    assert free_bytes() > 0

@@ -96,6 +96,11 @@ def test_margin_is_left_to_the_rest_of_the_worker() -> None:
     assert park(lot_of(host), Model("a", 10, host)) == [False]
 
 
+def test_room_for_weights_is_what_the_margin_leaves() -> None:
+    assert lot_of(Host(10 + MARGIN_GIB)).room_bytes() == 10 * GIB
+    assert lot_of(Host(1)).room_bytes() < 0
+
+
 def test_without_room_it_is_unloaded_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     host = Host(2)
     model = Model("a", 10, host)

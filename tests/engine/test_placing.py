@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,12 +167,16 @@ def test_forward_without_waiting_would_be_wrong(placed: Callable[..., Placed], d
     disk.gate.set()
 
 
-def test_addresses_stay_and_hooks_go(placed: Callable[..., Placed]) -> None:
+def test_addresses_stay_and_hooks_go(placed: Callable[..., Placed], disk: Disk, twins: Path) -> None:
+    low = file_of(twins, "wan22_i2v_svi/transformer_2")
+    disk.held = lambda path, _: path == low
+    disk.gate.clear()
     made = placed()
     model = made.experts._models["low"]
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     with made.experts.use("low"):
         assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 1 + len(model.blocks)
+        disk.gate.set()
         forward(model)
     assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == before
     assert [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks] == []
@@ -236,11 +241,10 @@ def test_cancel_ends_a_wait_for_an_expert(placed: Callable[..., Placed], disk: D
     disk.gate.clear()
     made = placed()
     progress = Progress()
-    timers = [threading.Timer(0.1, progress.cancelled.set), threading.Timer(0.3, disk.gate.set)]
-    for timer in timers:
-        timer.start()
-    with pytest.raises(Cancelled), made.attended(progress), made.experts.use("low") as model:
-        forward(model)
+    threading.Timer(0.1, progress.cancelled.set).start()
+    with pytest.raises(Cancelled), made.attended(progress), ExitStack() as stack:
+        stack.callback(disk.gate.set)  # after the wait, and before the readers are waited for
+        forward(stack.enter_context(made.experts.use("low")))
     assert readers() == []
 
 
@@ -249,7 +253,13 @@ def test_unload_while_weights_come_stops_them(placed: Callable[..., Placed], dis
     disk.held = lambda path, _: path == low
     disk.gate.clear()
     made = placed()
-    threading.Timer(0.2, disk.gate.set).start()
+    stop = made.arrival._work.halt
+
+    def halt() -> None:
+        stop()
+        disk.gate.set()  # the reader is let go when it has been told, and not before
+
+    made.arrival._work.halt = halt
     made.unload()
     assert readers() == []
     assert sum(count for path, _, count in disk.reads if path == low) < data_bytes(low)

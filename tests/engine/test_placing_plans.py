@@ -18,7 +18,7 @@ from engine.progress import Progress
 from engine.residency import GIB, plan
 from engine.settings import Settings
 from engine.weights import locate
-from schemas.errors import WeightsCorrupt
+from schemas.errors import RequestTooLarge, WeightsCorrupt
 from tests.engine.disk import Disk, readers
 from tests.engine.twin_models import EXPERTS, assert_equal, by_the_library, file_of, forward
 
@@ -55,6 +55,16 @@ def test_every_plan_runs_on_weights_that_are_still_coming(
     assert readers() == []
     assert len({(path, offset) for path, offset, _ in disk.reads}) == len(disk.reads)
     made.unload()
+
+
+def test_host_without_room_is_refused_before_anything_is_read(
+    parts: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    card = Card("cuda", int(44.5 * GIB), host_bytes=50 * GIB)
+    with pytest.raises(RequestTooLarge, match=r"63\.9 GiB of host memory"):
+        placing.place(parts.profile, parts, card, EXPERTS)
+    assert disk.reads == []
 
 
 @pytest.mark.parametrize("card_gib", [44.5, 24.0])

@@ -12,7 +12,7 @@ from engine.packing import layout
 from engine.parts import empty_model, stored_dtype
 from engine.profiles import PROFILES
 from engine.published import published_values
-from engine.residency import GIB, plan
+from engine.residency import GIB, plan, room_bytes
 from schemas.errors import RequestTooLarge, SettingsError
 
 # Working memory is a measurement and moves with the code; the planner's arithmetic is tested on fixed figures.
@@ -65,7 +65,7 @@ def test_visitor_larger_than_the_activations_sets_the_peak():
 
 
 def test_too_little_card_is_refused_with_both_numbers():
-    with pytest.raises(RequestTooLarge, match=r"at least 7\.7 GiB of card.*the card has 7\.0 GiB"):
+    with pytest.raises(RequestTooLarge, match=r"at least 7\.9 GiB of card.*the card has 7\.0 GiB"):
         plan(SVI, 7 * GIB, precision="fp8", capability=ADA)
 
 
@@ -83,8 +83,17 @@ def test_activations_follow_the_tokens():
 def test_too_little_host_memory_leaves_the_next_placement():
     made = plan(SVI, 45 * GIB, precision="fp8", host_bytes=0)
     assert made.kind == "resident"
-    with pytest.raises(RequestTooLarge):
+    with pytest.raises(
+        RequestTooLarge, match=r"63\.9 GiB of host memory; the card has 45\.0 GiB and the host 50\.0 GiB"
+    ):
         plan(SVI, 45 * GIB, host_bytes=50 * GIB)
+
+
+@pytest.mark.parametrize(("host_gib", "is_room"), [(53.3, False), (53.4, True)])
+def test_host_without_room_for_both_experts_leaves_none_on_the_card(host_gib, is_room):
+    """The smallest claim is 53.34 GiB, with the encoder on the card; what stays there leaves room for a small size."""
+    left_bytes = room_bytes(SVI, 45 * GIB, None, int(host_gib * GIB))
+    assert left_bytes == (is_room and 45 * GIB - 28_636_170_368 - 11_361_820_672 - 507_570_124)
 
 
 def test_reasons_say_what_did_not_fit():
@@ -149,5 +158,7 @@ def test_shares_are_those_of_the_real_architecture(profile):
     assert len(wide) - 2 == residency.BLOCKS
     replace_linears(model, "fp8")
     narrow = sum(piece.size_bytes for piece in layout(model))
+    outside = sum(piece.size_bytes for piece in layout(model)[:2]) / narrow
+    assert outside == pytest.approx(residency.OUTSIDE_BLOCKS_SHARE_NARROW, abs=0.004)
     assert narrow == pytest.approx(component.narrow_size_bytes, rel=0.001)  # pieces begin at multiples of 256 bytes
     assert torch.float8_e4m3fn in {field.dtype for field in layout(model)[2].fields}

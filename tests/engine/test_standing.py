@@ -205,6 +205,19 @@ def test_unload_gives_back_host_and_card(model: nn.Module) -> None:
     assert all(storage.expired() for storage in storages + hosts)
 
 
+def test_unload_waits_for_copies_before_what_they_read_from_goes(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A return that fails leaves copies under way. Here the card is only asked to wait, in the right place."""
+    standing, order, release = Standing([model], "cpu"), list[str](), HostCopy.release
+    standing.park()
+    standing._device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: order.append("copies are done"))
+    monkeypatch.setattr(HostCopy, "release", lambda host: (order.append("source is gone"), release(host)))
+    standing.unload()
+    assert order == ["copies are done", "source is gone"]
+
+
 def test_parking_in_inference_mode_leaves_tensors_that_can_be_written_outside(model: nn.Module) -> None:
     original = copy.deepcopy(model)
     with torch.inference_mode():

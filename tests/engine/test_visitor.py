@@ -75,3 +75,12 @@ def test_change_made_on_the_card_does_not_come_home(encoder):
 def test_unload_leaves_no_storage(encoder):
     Visitor(encoder, "cpu").unload()
     assert {tensor.device.type for tensor in encoder.parameters()} == {"meta"}
+
+
+def test_unload_waits_for_copies_before_what_they_read_from_goes(encoder, monkeypatch):
+    visitor, order = Visitor(encoder, "cpu"), []
+    visitor._device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: order.append("copies are done"))
+    monkeypatch.setattr(visitor._host, "release", lambda: order.append("source is gone"))
+    visitor.unload()
+    assert order == ["copies are done", "source is gone"]

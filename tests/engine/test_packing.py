@@ -1,0 +1,40 @@
+"""Page-locked copies of a model: what is locked is unlocked again, once, on every way out."""
+
+import gc
+
+import pytest
+
+from engine import packing
+from engine.packing import HostCopy, layout
+from tests.engine.tiny_wan import make_wan
+
+
+@pytest.fixture
+def unlocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The addresses given back, by a driver that locks everything."""
+    seen: list[int] = []
+    monkeypatch.setattr(packing, "lock", lambda *_: None)
+    monkeypatch.setattr(packing, "unlock", lambda buffer: seen.append(buffer.data_ptr()))
+    return seen
+
+
+def locked_copy() -> tuple[HostCopy, list[int]]:
+    host = HostCopy(layout(make_wan(0)), "cuda")
+    for i in range(len(host.buffers)):
+        host.settle(i)
+    return host, sorted(buffer.data_ptr() for buffer in host.buffers if buffer.numel())
+
+
+def test_copy_that_a_failed_load_drops_is_unlocked(unlocked: list[int]) -> None:
+    host, addresses = locked_copy()
+    del host
+    gc.collect()
+    assert sorted(unlocked) == addresses
+
+
+def test_copy_that_is_released_is_unlocked_once(unlocked: list[int]) -> None:
+    host, addresses = locked_copy()
+    host.release()
+    del host
+    gc.collect()
+    assert sorted(unlocked) == addresses
