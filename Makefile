@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TWINS := weights/tiny/.ready
+TRITON := $(VENV)/triton
+KERNELS := $(TRITON)/.ready
 
-.PHONY: setup twins demo test check docs soak chaos image release coverage clean lock audit sbom
+.PHONY: setup twins kernels demo test check docs soak chaos image release coverage clean lock audit sbom
 
 setup: $(READY)
 
@@ -24,17 +26,26 @@ $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.js
 	$(BIN)/python download_weights.py --tiny --output weights/tiny
 	touch $@
 
+# By itself, outside the environment: see the file of requirements.
+kernels: $(KERNELS)
+
+$(KERNELS): $(READY) builder/requirements-kernels.txt
+	rm -rf $(TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) -r builder/requirements-kernels.txt
+	touch $@
+
 demo: $(TWINS)
 	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
 
 # Two at a time, then by themselves those that own the process's output or measure its end. The log first: a library that is
-# imported later would set up its own.
+# imported later would set up its own. Last the card's kernels, in the only process that has Triton.
 ALONE := tests/engine/test_log.py tests/apps
 FAST := -m "not soak and not gpu"
 
-test: $(TWINS)
+test: $(TWINS) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -n 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
-	$(BIN)/python -m pytest $(FAST) $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) $(ALONE)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -155,7 +155,8 @@ def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) ->
     try:
         worst = max(relative_error(kernel.attend, device, *shape) for shape in SHAPES)
     except Exception as error:  # noqa: BLE001 a foreign package may raise anything while it is imported or compiled
-        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        said, *_ = str(error).partition("\n")
+        return f"it fails ({type(error).__name__}: {said})"
     return None if worst <= kernel.tolerance else f"its result is off (relative error {worst:.3f})"
 
 

@@ -147,18 +147,22 @@ class CompiledBlocks:
             graph.join()
 
     def save(self) -> bool:
-        """Keep what is new for the next process; False if nothing is, or the compiler still works.
+        """Keep what is new for the next process; False if nothing is, or it cannot be, or the compiler still works.
 
-        Between jobs: it takes a moment. What the first run of a kernel finds out about it is kept too.
+        Between jobs: it takes a moment. What the first run of a kernel finds out about it is kept too. What could not
+        be written is tried again the next time: a disk that was full need not stay so.
         """
         new = [graph for graph in self._graphs.values() if graph.has_run and not graph.is_kept]
         if not new or any(graph.is_working for graph in self._graphs.values()):
             return False
-        saved = 0
         for graph in new:
-            graph.is_kept = True
-            saved += graph.kept is not None and graph.kept.save()
-        return saved > 0
+            graph.is_kept = graph.kept is not None and graph.kept.save()
+        return any(graph.is_kept for graph in new)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the next process will find every size."""
+        return all(graph.is_kept for graph in self._graphs.values())
 
     def remove(self) -> None:
         """Give the blocks their own forward back."""

@@ -185,13 +185,11 @@ class FastDecoder:
         """`latents_a_chunk`: latent frames computed at a time; None: as many as `WORK_BYTES` hold.
 
         Raises:
-            ValueError: it is not the decoder that this module arranges: another class, folded pixels, tiles.
+            ValueError: it is not the decoder that this module arranges: another class, or folded pixels.
         """
         decoder = vae.decoder
         if not isinstance(decoder, WanDecoder3d) or vae.config.is_residual or vae.config.patch_size is not None:
             raise ValueError("not a decoder of the Wan2.1 VAE")
-        if vae.use_tiling:
-            raise ValueError("tiles are decoded one after another, over the whole length")
         self.config = vae.config
         self.device: torch.device = vae.device
         self.dtype = dtype

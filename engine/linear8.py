@@ -35,7 +35,6 @@ SMALLEST_AMAX = 1e-12  # a row of zeros must not divide by zero; far below any v
 INT8_MIN_ROWS = 17  # torch._int_mm on CUDA refuses 16 rows or fewer (aten/native/cuda/Blas.cpp)
 SIDE_MULTIPLE = 16  # torch._scaled_mm needs both sides of the weight in 16-byte steps; _int_mm asks for 8
 WIDE_BYTES = 2**28  # of float32 at a time while rounding eagerly: at 832x480x81 a feed-forward's would be 1.9 GB
-MIN_SNR_DB = 35.0  # the fast product against its own float32 value: only bf16 rounding and the accumulator differ
 
 KEEP: Mapping[str, str] = {
     r"(^|\.)condition_embedder\.": "time, text and picture embedders: run once a forward, steer all of it",

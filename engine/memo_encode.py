@@ -19,9 +19,10 @@ too: a grey start picture lets the stages rest sooner, and a table learned from 
 
 What it assumes is that a kernel given the same bits returns the same bits. A CPU does; on a card it depends on the
 convolution chosen. So the first encode of each shape can be compared with the stock one, and where they differ the
-stock encoder is used from then on, and `notes` says so. Nothing here changes the VAE.
+stock encoder is used from then on, and log and `notes` say so. Nothing here changes the VAE.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +36,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 CHUNK = 4  # pixel frames a chunk after the first one, which is 1 (AutoencoderKLWan._encode)
 KEPT = 2  # frames that a causal convolution of length 3 looks back (CACHE_T in autoencoder_kl_wan)
@@ -136,6 +139,7 @@ class MemoEncoder:
             self._trusted[key] = torch.equal(stock.latent_dist.parameters, moments)
             if not self._trusted[key]:
                 self.notes.append(f"memoised VAE encode is off for {tuple(pixels.shape)}: not equal to the stock one")
+                log.warning("%s", self.notes[-1])
                 self.last = Encoded((pixels.shape[2] - 1) // CHUNK + 1, (), "not equal to the stock encode")
                 return stock
         self.last = Encoded((pixels.shape[2] - 1) // CHUNK + 1, runs, "")

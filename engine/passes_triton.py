@@ -1,4 +1,6 @@
-"""The passes of engine.passes as Triton kernels: each tensor is read once and written once. Imported on a card only.
+"""The passes of engine.passes as Triton kernels: each tensor is read once and written once.
+
+Imported on a card, and by tests/kernels, which runs them in Triton's interpreter.
 
 Each program takes a tile of whole pixels, so that the norm over a pixel's channels stays in registers. Sums are fp32
 and rounded once, where the operators of torch round after every step.
@@ -12,6 +14,24 @@ from torch import Tensor
 from engine.passes import SMALLEST_NORM, Passes
 
 TILE = 2048  # elements a program: 16 a thread with 4 warps
+
+
+@triton.jit
+def _tile(
+    pixels: int, channels: tl.constexpr, block: tl.constexpr, tile: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of this program: its pixels, the channels, which of both exist, and where each value lies."""
+    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
+    channel = tl.arange(0, block)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]  # 64 bits: long chunks pass 2**31 elements
+    return pixel, channel, inside, at
+
+
+@triton.jit
+def _each_channel(values_at: tl.tensor, channel: tl.tensor, channels: tl.constexpr) -> tl.tensor:
+    """A bias or gamma, to be used on every pixel of a tile."""
+    return tl.load(values_at + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -28,17 +48,13 @@ def _norm_silu_kernel(
     smallest: tl.constexpr,
     has_bias: tl.constexpr,
 ) -> None:
-    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
-    channel = tl.arange(0, block)
-    is_channel = channel < channels
-    inside = (pixel < pixels)[:, None] & is_channel[None, :]
-    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]  # 64 bits: long chunks pass 2**31 elements
+    _, channel, inside, at = _tile(pixels, channels, block, tile)
     x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
     if has_bias:
-        x += tl.load(bias_at + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    gamma = tl.load(gamma_at + channel, mask=is_channel, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), smallest)
-    y = x * (root / length)[:, None] * gamma[None, :]
+        x += _each_channel(bias_at, channel, channels)
+    length = tl.sqrt(tl.sum(x * x, axis=1))
+    length = tl.where(length < smallest, smallest, length)  # a maximum would take the number for a NaN
+    y = x * (root / length)[:, None] * _each_channel(gamma_at, channel, channels)
     y = y * tl.sigmoid(y)
     tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=inside)
 
@@ -53,13 +69,9 @@ def _add_kernel(
     block: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
-    channel = tl.arange(0, block)
-    is_channel = channel < channels
-    inside = (pixel < pixels)[:, None] & is_channel[None, :]
-    at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    _, channel, inside, at = _tile(pixels, channels, block, tile)
     x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(bias_at + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    x += _each_channel(bias_at, channel, channels)
     x += tl.load(other_at + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(x_at + at, x.to(x_at.dtype.element_ty), mask=inside)
 
@@ -74,10 +86,8 @@ def _double_size_kernel(
     block: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    pixel = tl.program_id(0) * tile + tl.arange(0, tile)
-    channel = tl.arange(0, block)
-    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_at + pixel.to(tl.int64)[:, None] * channels + channel[None, :], mask=inside)
+    pixel, channel, inside, at = _tile(pixels, channels, block, tile)
+    x = tl.load(x_at + at, mask=inside)
     # Line r of the picture becomes lines 2r and 2r + 1, each 2 * width pixels long.
     line, column = pixel // width, pixel % width
     upper = line.to(tl.int64) * 4 * width + 2 * column

@@ -114,8 +114,8 @@ class Replay:
 
     def _try_to_record(self, given: Mapping[str, Tensor]) -> bool:
         device = given["sample"].device
-        self._inputs = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
         try:
+            self._inputs = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
             self._recording, self._result = self._record(lambda: self._run(self._inputs))
         except RuntimeError as error:
             self._is_given_up, self._inputs = True, {}

@@ -1,4 +1,7 @@
-"""The kernels of engine.rounding: one program a row, the row in registers. Imported on a card only."""
+"""The kernels of engine.rounding: one program a row, the row in registers.
+
+Imported on a card, and by tests/kernels, which runs them in Triton's interpreter.
+"""
 
 import torch
 import triton

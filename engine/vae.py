@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from torch import Tensor
 
 from engine.fast_decode import FastDecoder
-from engine.geometry import VAE_STRIDE_T, frames_advice, is_legal_frames
+from engine.geometry import frames_advice, is_legal_frames
 
 
 def encode_norm(vae: Any, pixels: Tensor, encode: Callable[[Tensor], Any] | None = None) -> Tensor:
@@ -53,14 +53,11 @@ def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     Yields (1, 3, f, H, W) in [-1, 1], of the VAE's dtype: f is 1 for the first chunk and 4 for each after it.
     The chunks of an AutoencoderKLWan put together equal `vae.decode(denormalise(vae, latents)).sample` bit for bit;
     those of a FastDecoder equal it but for the rounding of its sums. The causal features live in this iterator, not
-    in the VAE: leaving it early leaves nothing behind.
+    in the VAE: leaving it early leaves nothing behind. Tiles are engine.tiled_decode's; the VAE's own are not used.
     """
     raw = denormalise(vae, latents.to(vae.device)).to(vae.dtype)
     if isinstance(vae, FastDecoder):
         yield from vae.decode(raw)
-        return
-    if vae.use_tiling:  # tiles run over the whole length one after another, so there is no chunk before the last tile
-        yield from _decode_tiled(vae, raw)
         return
     features = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     hidden = vae.post_quant_conv(raw)
@@ -86,14 +83,6 @@ def decode_end_single(vae: Any, latents: Tensor) -> Iterator[Tensor]:
         raise ValueError(f"{latents.shape[2]} latent frames: a single-picture end needs at least 2")
     yield from decode_chunks(vae, latents[:, :, :-1])
     yield from decode_chunks(vae, latents[:, :, -1:])
-
-
-def _decode_tiled(vae: Any, raw: Tensor) -> tuple[Tensor, ...]:
-    try:
-        video = vae.decode(raw).sample
-    finally:
-        vae.clear_cache()
-    return torch.split(video, [1] + [VAE_STRIDE_T] * (raw.shape[2] - 1), dim=2)
 
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

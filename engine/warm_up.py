@@ -34,7 +34,8 @@ def warm_up(profile: Profile, card: Card, latents: Sequence[LatentShape]) -> Acc
     """Compile `profile`'s blocks for latents of these shapes and keep the graphs; returns what it cost.
 
     Raises:
-        SettingsError: there is no card, compiling is turned off, no folder is set, or a size could not be compiled.
+        SettingsError: there is no card, compiling is turned off, a size could not be compiled, or no folder is set that
+            can be written.
     """
     if card.levers.cache_dir is None:
         raise SettingsError("WORKER_CACHE_DIR is not set, so there is no place to keep compiled graphs")
@@ -46,7 +47,7 @@ def compile_ahead(accelerated: Accelerated, latents: Sequence[LatentShape], imag
     """Compile, run and keep each size in turn.
 
     Raises:
-        SettingsError: nothing can be compiled here, or a size could not be.
+        SettingsError: nothing can be compiled here, a size could not be, or what came of it could not be kept.
     """
     blocks = accelerated.blocks
     if blocks is None:
@@ -60,6 +61,8 @@ def compile_ahead(accelerated: Accelerated, latents: Sequence[LatentShape], imag
     if blocks.notes:
         raise SettingsError("; ".join(blocks.notes))
     blocks.save()
+    if not blocks.is_kept:
+        raise SettingsError("what was compiled could not be written to WORKER_CACHE_DIR")
     return blocks.account
 
 

@@ -248,10 +248,3 @@ def test_other_decoders_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"not a decoder of the Wan2\.1 VAE"):
         FastDecoder(residual, torch.float32, TORCH)
-
-
-def test_tiling_is_refused():
-    vae = tiny_vae()
-    vae.enable_tiling(16, 16, 8, 8)
-    with pytest.raises(ValueError, match="tiles"):
-        FastDecoder(vae, torch.float32)

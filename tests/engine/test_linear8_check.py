@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import linear8_check
 from engine.linear8 import KINDS, Linear8
 from engine.linear8_check import (
     MIN_SNR_DB,
@@ -91,6 +92,18 @@ def test_product_snr_passes_a_right_kernel_and_catches_a_wrong_one():
     assert product_snr_db(KINDS["fp8"], 64, 512, 256, "cpu") > MIN_SNR_DB
     assert product_snr_db(replace(KINDS["int8"], product=one_row_off), 64, 512, 256, "cpu") < MIN_SNR_DB
     assert product_snr_db(replace(KINDS["int8"], product=silent_nan), 64, 512, 256, "cpu") == float("-inf")
+
+
+@pytest.mark.parametrize(("said", "told"), [("no kernel\nat all", "no kernel"), ("", "")])
+def test_self_test_leaves_out_a_kernel_that_fails_whatever_it_says(said, told, monkeypatch):
+    def broken(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(linear8_check, "product_snr_db", broken)
+    result = self_test("cuda")
+    assert result.passed == ()
+    assert result.notes[0] == f"8-bit kernel fp8 is not used: the kernel fails ({told})"
 
 
 def test_kernel_calls_counts_what_ran_and_sees_a_silent_detour():

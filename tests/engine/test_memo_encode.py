@@ -177,7 +177,7 @@ def test_verify_compares_each_pattern_once(tiny, monkeypatch):
     assert memo.notes == []
 
 
-def test_unequal_result_falls_back_to_stock_and_says_so():
+def test_unequal_result_falls_back_to_stock_and_says_so(caplog):
     """A first convolution that adds a new offset every time it runs: what a nondeterministic card would
     do."""
     vae = make_vae(8)
@@ -187,6 +187,7 @@ def test_unequal_result_falls_back_to_stock_and_says_so():
     first = memo.encode(make_pixels(21, 16))
     assert memo.last == memo_encode.Encoded(6, (), "not equal to the stock encode")
     assert len(memo.notes) == 1
+    assert [record.getMessage() for record in caplog.records] == memo.notes
     before = next(calls)
     memo.encode(make_pixels(21, 16, seed=2))
     assert next(calls) - before == 1 + 6  # six chunks through the stock encoder, none through the memoised one

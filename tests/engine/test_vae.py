@@ -90,17 +90,6 @@ def test_decode_chunks_equals_stock_decode(vae, latent_frames, sizes):
     assert torch.equal(torch.cat(chunks, dim=2), vae.decode(denormalise(vae, latents)).sample)
 
 
-def test_decode_chunks_equals_stock_decode_when_tiled():
-    vae = tiny_vae()
-    vae.enable_tiling(16, 16, 8, 8)
-    latents = noise(3, height=4, width=4)
-
-    chunks = list(decode_chunks(vae, latents))
-
-    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
-    assert torch.equal(torch.cat(chunks, dim=2), vae.decode(denormalise(vae, latents)).sample)
-
-
 def test_decode_chunks_equals_stock_decode_of_the_residual_vae_that_folds_pixels():
     torch.manual_seed(0)
     vae = AutoencoderKLWan(

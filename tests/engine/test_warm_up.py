@@ -77,6 +77,19 @@ def test_size_that_cannot_be_compiled_is_an_error(tmp_path):
     assert Kept.saved == []
 
 
+def test_compiled_and_not_kept_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Kept, "save", lambda _self: False)
+    with pytest.raises(SettingsError, match="could not be written to WORKER_CACHE_DIR"):
+        compile_ahead(accelerated(tmp_path), SIZES)
+
+
+def test_compiling_ahead_again_finds_all_of_it_and_is_no_error(tmp_path):
+    compile_ahead(accelerated(tmp_path), SIZES)
+    before = len(Kept.saved)
+    compile_ahead(accelerated(tmp_path), SIZES)
+    assert len(Kept.saved) == before
+
+
 def test_warm_up_without_a_card_or_a_folder_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="WORKER_CACHE_DIR"):
         warm_up(SVI, Card("cpu", 0), ())

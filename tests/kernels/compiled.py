@@ -1,0 +1,43 @@
+"""Compile every kernel to the code of the cards that run it. Needs no card, and a process without the interpreter."""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine import passes_triton, rounding_triton
+
+AMPERE, ADA, HOPPER = 80, 89, 90
+PIXELS = {"channels": 96, "block": 128, "tile": 16}
+ROW = {"width": 5120, "block": 8192, "smallest": 1e-12, "limit": 448.0}
+PASSES: list[tuple[Any, dict[str, Any]]] = [
+    (passes_triton._norm_silu_kernel, {**PIXELS, "root": 9.8, "smallest": 1e-12, "has_bias": True}),
+    (passes_triton._add_kernel, PIXELS),
+    (passes_triton._double_size_kernel, PIXELS),
+]
+ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
+    (rounding_triton._gelu_round_kernel, ROW),
+    (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": False, "has_gate": False}),
+    (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
+]
+NUMBERS = {"pixels": "i32", "width": "i32"}
+ROUNDINGS_TYPES = {**dict.fromkeys(("gate_at", "weight_at", "bias_at", "scales_at"), "*fp32"), "values_at": "*fp8e4nv"}
+
+
+def compile_for(card: int, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:
+    """Print what was compiled. Tensors that `types` does not name are bf16."""
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", card, 32))
+    assert made.asm["cubin"]
+    print(card, kernel.__name__)  # noqa: T201 the test reads it
+
+
+if __name__ == "__main__":
+    for card in (AMPERE, HOPPER):
+        for kernel, constants in PASSES:
+            compile_for(card, kernel, constants, NUMBERS)
+    for card in (ADA, HOPPER):  # the first with fp8
+        for kernel, constants in ROUNDINGS:
+            compile_for(card, kernel, constants, ROUNDINGS_TYPES)

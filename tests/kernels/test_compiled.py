@@ -1,0 +1,33 @@
+"""What the interpreter lets pass and the compiler does not."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from builder.lockfile import LOCK, read_lock
+from engine.settings import ROOT
+
+PASSES = ["_norm_silu_kernel", "_add_kernel", "_double_size_kernel"]
+ROUNDINGS = ["_gelu_round_kernel", "_norm_round_kernel", "_norm_round_kernel"]
+
+
+def test_every_kernel_compiles_for_the_cards_that_run_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled"],
+        cwd=ROOT, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = [tuple(line.split()) for line in done.stdout.splitlines()]
+    assert made == [
+        *(("80", name) for name in PASSES),
+        *(("90", name) for name in PASSES),
+        *(("89", name) for name in ROUNDINGS),
+        *(("90", name) for name in ROUNDINGS),
+    ]
+
+
+def test_triton_is_the_version_that_the_image_installs() -> None:
+    assert [one.version for one in read_lock(LOCK.read_text()) if one.name == "triton"] == [version("triton")]
