@@ -9,6 +9,7 @@
     python -m bench work --precision fp8 bf16               memory of a job's spans, for the planner's figures
     python -m bench jobs --arms ours --repeats 50           does memory grow?
     python -m bench jobs --size twin                        the same protocol with the tiny twins, on any machine
+    python -m bench.acceptance --output build/acceptance    all that is asked for on a card, in one go
     python -m bench.projected                               what it might take on 48 GB cards
     python -m bench --cpu-counts                            counts on the tiny twins, no card needed
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.jobs import CAP_GIB, JOBS, LAYOUTS
+from bench.kept import keep
 from bench.processes import ROOT, once
 from bench.rounds import Rounds, Row, groups
 from bench.say import say
@@ -51,8 +53,7 @@ def main() -> int:
     failed = False
 
     def write(of_jobs: list[Cell]) -> None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([*results, *of_jobs], indent=1))
+        keep(args.json, [*results, *of_jobs])
 
     for cell in singles:
         say(f"{cell['what']} {cell.get('precision') or ''}")
@@ -90,7 +91,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["svi_latent", "flf"])
     parser.add_argument("--steps", type=int, help="of a video job; default: 6, for `video` 4 of its usual 40")
     parser.add_argument("--repeats", type=int, default=5, help="timed jobs, after one that loads and warms up")
-    parser.add_argument("--precision", nargs="+", default=["fp8"], help="bf16, fp8, int8: one `ours` arm for each")
+    parser.add_argument(
+        "--precision", nargs="+", choices=["bf16", "fp8", "int8"], default=["fp8"], help="one `ours` arm for each"
+    )
     parser.add_argument("--attention", help="kernel of `ours`; default: the fastest that works")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--cache-dir", type=Path, help="compiled graphs of an earlier run")

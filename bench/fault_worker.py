@@ -23,7 +23,7 @@ DENOISERS = {"WanTransformer3DModel", "UNet2DConditionModel"}
 
 
 def before_each_forward(fault: Callable[[], None]) -> Any:
-    """Call `fault` before each forward of a transformer or UNet, in this process; `remove` of the result ends it."""
+    """Call `fault` before each forward of a transformer or UNet, in this process, until the result's block is left."""
 
     def hook(module: torch.nn.Module, *_: object) -> None:
         if type(module).__name__ in DENOISERS:

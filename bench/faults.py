@@ -89,9 +89,8 @@ def out_of_memory(settings: Settings, asked: dict[str, Job]) -> Job:
     warm = bench.answer(asked["video"])
     with capped():
         base = held_bytes()
-        hunger = before_each_forward(lambda: take_bytes(HUNGER_BYTES))
-        failed = bench.answer(asked["video"])
-        hunger.remove()
+        with before_each_forward(lambda: take_bytes(HUNGER_BYTES)):
+            failed = bench.answer(asked["video"])
         after = bench.answer({**asked["video"], "seed": 8})
         grown = held_bytes() - base
     bench.models.unload_all()

@@ -1,11 +1,12 @@
 """The jobs of one mode as tables: what they took, how that divides, what grew, what the worker itself costs."""
 
+from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.jobs import JOBS
 from bench.rows import rows
-from bench.work import TERA, forward_work
+from bench.work import TERA, Forward, forward_work
 
 Result = dict[str, Any]
 PARTS = ("text", "picture", "encode", "forwards", "decode", "load", "fetch", "file", "upload", "rest")
@@ -44,30 +45,47 @@ _STATE = [
 def _job_row(cell: Result, ceilings: Result | None) -> list[object]:
     samples = cell["samples"]
     seconds = [sample["seconds"] for sample in samples]
-    forward_s = median([spent for sample in samples for spent in sample["forwards_s"]])
+    forward_s = _forward_s(cell)
     did, last = cell["in_effect"], samples[-1]
     kernels = f"{did['linear8'] or did['precision']}, {did['attention']}, {did['graphs']} graphs"
     peaks = [max(sample["memory"][f"peak_{name}_gib"] for sample in samples) for name in ("reserved", "allocated")]
     moved = cell["trace"][0]["bytes_to_device"] / 1e9 if "trace" in cell else "–"
     forwards = f"{len(last['forwards_s'])} × {last['tokens']}"
-    rates = _rates(cell, forward_s, ceilings)
+    rates = _rates(cell, ceilings)
     times = [median(seconds), min(seconds), max(seconds), cell["first"]["seconds"], forward_s]
     return [_name(cell), kernels, forwards, *times, *rates, *peaks, moved]
 
 
-def _rates(cell: Result, forward_s: float, ceilings: Result | None) -> list[object]:
+def _rates(cell: Result, ceilings: Result | None) -> list[object]:
     """Achieved TFLOP/s of a forward and its floor's share; dashes where the work is not counted."""
-    job = JOBS[cell["mode"]]
-    if job.mode == "image" or cell["size"] == "twin":
+    if JOBS[cell["mode"]].mode == "image" or cell["size"] == "twin":
         return ["–", "–"]
-    work = forward_work(cell["samples"][-1]["tokens"], image_tokens=job.image_tokens)
-    rate = work.total / forward_s / TERA
+    rate = _work(cell).total / _forward_s(cell) / TERA
     if ceilings is None:
         return [rate, "–"]
-    products = ceilings["products"]
-    linear = products.get(cell["in_effect"]["precision"], products["bf16"]) * TERA
-    fastest = max(value for name, value in ceilings["attention"].items() if name != "sage") * TERA
-    return [rate, 100 * work.floor_s(linear, fastest) / forward_s]
+    return [rate, floor_percent(cell, ceilings)]
+
+
+def floor_percent(cell: Result, ceilings: Result) -> float:
+    """What the run's ceilings allow a forward of a video's transformer at best, over what it takes."""
+    precision = cell["in_effect"]["precision"]
+    linear, attention = (ceiling_rate(ceilings, sort, precision) for sort in ("product", "attention"))
+    return 100 * _work(cell).floor_s(linear, attention) / _forward_s(cell)
+
+
+def ceiling_rate(ceilings: Mapping[str, Any], sort: str, precision: str) -> float:
+    """Operations a second that this run's card does at best: of products at `precision`, or of exact attention."""
+    if sort == "attention":
+        return TERA * float(max(rate for name, rate in ceilings["attention"].items() if name != "sage"))
+    return TERA * float(ceilings["products"].get(precision, ceilings["products"]["bf16"]))
+
+
+def _work(cell: Result) -> Forward:
+    return forward_work(cell["samples"][-1]["tokens"], image_tokens=JOBS[cell["mode"]].image_tokens)
+
+
+def _forward_s(cell: Result) -> float:
+    return median([spent for sample in cell["samples"] for spent in sample["forwards_s"]])
 
 
 def _ratios(mode: str, cells: list[Result]) -> str:
@@ -75,9 +93,9 @@ def _ratios(mode: str, cells: list[Result]) -> str:
     plain = [cell for cell in cells if cell["what"] == "plain"]
     if not plain or plain[0]["size"] == "twin":
         return ""
-    of_plain = _seconds(plain[0])
+    of_plain = job_seconds(plain[0])
     return "\n".join(
-        f"{mode}: {_name(cell)} takes 1/{of_plain / _seconds(cell):.2f} of plain diffusers' time"
+        f"{mode}: {_name(cell)} takes 1/{of_plain / job_seconds(cell):.2f} of plain diffusers' time"
         for cell in cells
         if cell["what"] == "ours"
     )
@@ -117,22 +135,44 @@ def _traces(cells: list[Result]) -> str:
     return "one more job each, under the profiler; the dearest kernels\n" + rows(header, body)
 
 
+class Overhead(NamedTuple):
+    """Seconds of a job through handler.run, and what of them was work of neither the card nor the network."""
+
+    seconds: float
+    outside_s: float
+    """Before and after the models: parse, fetch, decode of the pictures, delivery."""
+    fetch_s: float
+    upload_s: float
+    idle_s: float
+    """Inside them, with nothing to do for the card."""
+
+    @property
+    def percent(self) -> float:
+        return 100 * (self.outside_s + self.idle_s) / self.seconds
+
+
+def overhead(cell: Result) -> Overhead | None:
+    """None where no whole job ran, or none was traced on a card."""
+    wholes, trace = cell.get("whole"), cell.get("trace", [{"busy_s": 0.0}])[0]
+    if not wholes or not trace["busy_s"]:  # without a card nothing is known of its idle time
+        return None
+    fetch_s, upload_s = (median([one["stages_s"].get(name, 0.0) for one in wholes]) for name in ("fetch", "upload"))
+    return Overhead(
+        median([one["seconds"] for one in wholes]),
+        median([one["seconds"] - one["generate_s"] for one in wholes]),
+        fetch_s,
+        upload_s,
+        trace["seconds"] - trace["busy_s"],
+    )
+
+
 def _wholes(cells: list[Result]) -> str:
     """handler.run end to end: JSON with data-URI pictures to a verified file on the disk."""
-    body = []
-    for cell in cells:
-        wholes, trace = cell.get("whole"), cell.get("trace", [{"busy_s": 0.0}])[0]
-        if not wholes or not trace["busy_s"]:  # without a card nothing is known of its idle time
-            continue
-        seconds = median([one["seconds"] for one in wholes])
-        own = median([one["seconds"] - one["generate_s"] for one in wholes])
-        fetch, upload = (median([one["stages_s"].get(name, 0.0) for one in wholes]) for name in ("fetch", "upload"))
-        idle = trace["seconds"] - trace["busy_s"]
-        share = 100 * (own + idle) / seconds
-        body.append([_name(cell), seconds, own, fetch, upload, idle, share])
-    if not body:
+    found = [(_name(cell), spent) for cell in cells if (spent := overhead(cell)) is not None]
+    if not found:
         return ""
     header = ["arm", "s", "outside the models", "fetch", "upload (disk)", "card idle inside", "overhead %"]
+    body = [[name, *spent, spent.percent] for name, spent in found]
     return "the whole worker: JSON with data URIs to a verified file on the disk\n" + rows(header, body)
 
 
@@ -146,5 +186,6 @@ def _counts(cells: list[Result]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _seconds(cell: Result) -> float:
+def job_seconds(cell: Result) -> float:
+    """Median of the timed jobs."""
     return median([sample["seconds"] for sample in cell["samples"]])

@@ -5,31 +5,34 @@
 
 Each round is a job of the one and a job of the other, through ModelHandler. The first round draws the weights and, for
 the second mode, page-locks host memory for the first; from the second round on every load is a copy from there. The
-same request must give the same file, the card's memory must be that of the first stay within 64 MiB, and with both
+same request must give the same pixels, the card's memory must be that of the first stay within 64 MiB, and with both
 parked nothing may be left. Exits 1 if not.
 """
 
 import argparse
-import json
+import hashlib
+import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.jobs import CAP_GIB, JOBS, located
-from bench.ours import CardParts
+from bench.kept import keep
+from bench.processes import ALLOCATOR, ROOT
 from bench.say import say
 from bench.timing import MIB
 from engine.namesake import import_diffusers
+from engine.outputs import Frames
 from engine.progress import Progress
 from engine.settings import Settings
 from model_handler import ModelHandler
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = ("svi_endframe", "image")
 STEPS = {"svi_endframe": 2, "video": 1, "image": None}  # the change is what is measured: few forwards after it
 TOLERANCE_MIB = 64
@@ -54,27 +57,57 @@ class Visit:
     card_mib: float
     """Held by tensors after the job."""
     sha256: str
+    """Of the pixels before they are encoded: x264 need not make the same bytes of them twice."""
+
+
+class Models(ModelHandler):
+    """Knows what its last job made."""
+
+    sha256 = ""
+
+    def _write(self, output: Any, *args: Any) -> Any:
+        digest = hashlib.sha256()
+        if isinstance(output, Frames):
+            output = replace(output, chunks=_digested(output.chunks, digest))
+        else:
+            for picture in output.pictures:
+                digest.update(picture.tobytes())
+        made = super()._write(output, *args)
+        self.sha256 = digest.hexdigest()
+        return made
+
+
+def _digested(chunks: Any, digest: Any) -> Iterator[Any]:
+    try:
+        for chunk in chunks:
+            digest.update(chunk.tobytes())
+            yield chunk
+    finally:
+        getattr(chunks, "close", lambda: None)()  # a decoder that is left early frees its card
 
 
 class Turns:
     """One ModelHandler, and the parts of both modes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        import_diffusers()
+        from bench.ours import CardParts  # imports diffusers' models
+
         self._small = args.small
         self._parts: dict[str, Any] = {}
         for mode in args.modes:
             profile, rest = located(mode, args.twins)
             self._parts[mode] = rest if args.small else CardParts(profile, rest)
-        self.models = ModelHandler(Settings(vram_gib=args.cap_gib, precision=args.precision, cache_dir=args.cache_dir))
+        self.models = Models(Settings(vram_gib=args.cap_gib, precision=args.precision, cache_dir=args.cache_dir))
 
     def job(self, mode: str) -> tuple[Progress, float, str]:
-        """The mode's request, the same each time; its timings, seconds, and the digest of its file."""
+        """The mode's request, the same each time; its timings, seconds, and the digest of its pixels."""
         parts, job = self._parts[mode], JOBS[mode]
         task = job.task(parts.profile, 0, job.changes(None, STEPS[mode], is_small=self._small))
         progress, started = Progress(), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            made = self.models.generate(task, parts, Path(folder), progress)
-        return progress, time.perf_counter() - started, made.files[0].sha256
+            self.models.generate(task, parts, Path(folder), progress)
+        return progress, time.perf_counter() - started, self.models.sha256
 
     def visit(self, mode: str, number: int) -> Visit:
         lot, loads = self.models.lot, self.models.loads
@@ -100,19 +133,19 @@ def main() -> int:
     args = _arguments().parse_args()
     if not args.small and not torch.cuda.is_available():
         raise SystemExit("bench: seconds are measured on a CUDA card; --small needs none")
-    import_diffusers()
+    os.environ.update(ALLOCATOR)  # read when the card is first used, which is below
     base_mib = card_mib()
     turns, visits = Turns(args), []
     for number in range(args.rounds):
         for mode in args.modes:
             visits.append(turns.visit(mode, number))
             say(line(visits[-1]))
+            keep(args.json, {"visits": [asdict(visit) for visit in visits], "problems": ["cut short"]})
     left_mib = turns.park_all() - base_mib
     turns.models.unload_all()
     problems = wrong(visits, left_mib)
     result = {"visits": [asdict(visit) for visit in visits], "left_mib": left_mib, "problems": problems}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1))
+    keep(args.json, result)
     print("\n".join([*map(line, visits), f"with both parked, {left_mib:.0f} MiB are left on the card", *problems]))
     return 1 if problems else 0
 
@@ -138,7 +171,7 @@ def wrong(visits: list[Visit], left_mib: float) -> list[str]:
         if abs(visit.card_mib - base.card_mib) > TOLERANCE_MIB:
             problems.append(f"{name}: {visit.card_mib:.0f} MiB on the card, {base.card_mib:.0f} the first time")
         if visit.sha256 != base.sha256:
-            problems.append(f"{name}: another file than the first time")
+            problems.append(f"{name}: other pixels than the first time")
     if left_mib > TOLERANCE_MIB:
         problems.append(f"{left_mib:.0f} MiB are left on the card with both parked")
     return problems
@@ -153,7 +186,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.modes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--modes", nargs=2, choices=list(JOBS), default=list(MODES))
+    parser.add_argument("--modes", nargs=2, choices=list(STEPS), default=list(MODES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8", "int8"])
     parser.add_argument("--cap-gib", type=float, default=CAP_GIB)

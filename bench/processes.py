@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# Fragments would cost 1 to 2 GiB of the cap; the worker's image sets the same.
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 class Died(Exception):
@@ -27,7 +29,8 @@ class Arm:
         try:
             self._process = subprocess.Popen(
                 [*_command(cell), "--answers", str(writing)],
-                cwd=ROOT, env=_environment(), stdin=subprocess.PIPE, stdout=sys.stderr, text=True, pass_fds=[writing],
+                cwd=ROOT, env=os.environ | ALLOCATOR, stdin=subprocess.PIPE, stdout=sys.stderr, text=True,
+                pass_fds=[writing],
             )  # fmt: skip
         finally:
             os.close(writing)
@@ -45,7 +48,7 @@ class Arm:
             answer = self._answers.readline()
         except OSError:
             answer = ""
-        if not answer:
+        if not answer.endswith("\n"):  # nothing, or what it got out before it was killed
             raise Died(f"exit code {self._process.wait()}")
         return dict(json.loads(answer))
 
@@ -72,8 +75,3 @@ def once(cell: dict[str, Any]) -> dict[str, Any] | None:
 
 def _command(cell: dict[str, Any]) -> list[str]:
     return [sys.executable, "-m", "bench", "--cell", json.dumps(cell)]
-
-
-def _environment() -> dict[str, str]:
-    # Fragments would cost 1 to 2 GiB of the cap; the worker's image sets the same.
-    return {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

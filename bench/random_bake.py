@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.kept import keep
 from bench.random_parts import DEVIATION
 from engine.convert import execution_order, stem, stored_shapes
 from engine.parts import empty_model, frame, read_config, stored_dtype
@@ -32,8 +33,7 @@ def write_bake(profile: Profile, root: Path, twins: Path, *, is_small: bool = Fa
     if not manifest.is_file():
         for component in profile.components:
             _write_component(component, root / component.folder, twins, device, is_small)
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(json.dumps(_manifest(profile, root, is_small), indent=1))
+        keep(manifest, _manifest(profile, root, is_small))
     return [next((root / part.folder).glob("*.safetensors")) for part in profile.components if part.dtype]
 
 

@@ -9,7 +9,6 @@ diffusers' own `compile_repeated_blocks`. Weights are random: what is told of th
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -21,13 +20,15 @@ import numpy as np
 import torch
 
 from bench.jobs import CAP_GIB, GIB, JOBS, located
-from bench.ours import CardParts
+from bench.kept import keep
 from bench.processes import ROOT
 from bench.rows import rows
 from bench.say import say
 from bench.timing import begin_peak, median, memory
-from engine.backends.sdxl import Sdxl
+from engine.backends import Backend, load_backend
 from engine.card import Card, Levers
+from engine.namesake import import_diffusers
+from engine.outputs import Images
 from engine.profile import Profile
 from engine.progress import Progress
 from engine.weights import Parts
@@ -121,15 +122,17 @@ class _Run:
     picture: np.ndarray
 
 
-def _job(sdxl: Sdxl, profile: Profile, number: int, is_small: bool) -> _Run:
+def _job(sdxl: Backend, profile: Profile, number: int, is_small: bool) -> _Run:
     progress, started = Progress(), time.perf_counter()
-    (picture,) = sdxl.generate(JOB.task(profile, number, JOB.small if is_small else {}), progress).pictures
+    made = sdxl.generate(JOB.task(profile, number, JOB.small if is_small else {}), progress)
+    assert isinstance(made, Images)
+    (picture,) = made.pictures
     return _Run(time.perf_counter() - started, dict(progress.timings_s), picture)
 
 
-def _prepared(kept: Kept, rung: Rung, device: str) -> Sdxl:
+def _prepared(kept: Kept, rung: Rung, device: str) -> Backend:
     """The backend as the worker builds it, its replays switched by WORKER_COMPILE's lever; the rest is done here."""
-    sdxl = Sdxl(kept.profile, kept, Card(device, 2**40, levers=Levers(compile=rung.replays)))
+    sdxl = load_backend(kept.profile, kept, Card(device, 2**40, levers=Levers(compile=rung.replays)))
     for name in CONVOLVED:
         model = kept.load(name, device)
         model.to(memory_format=torch.channels_last if rung.channels_last else torch.contiguous_format)
@@ -152,14 +155,16 @@ def main() -> int:
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * GIB / total))
+    import_diffusers()
+    from bench.ours import CardParts  # imports diffusers' models
+
     profile, twin = located("image", args.twins)
     parts = twin if args.size == "twin" else CardParts(profile, twin)
     found: list[Row] = []
     try:
         for row in measure(parts, device, is_small=args.size == "twin", repeats=args.repeats):
             found.append(row)
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps([asdict(one) for one in found], indent=1))
+            keep(args.json, [asdict(one) for one in found])
     finally:  # a rung that fails, or a run that is cut, loses no other
         print(table(found))
     return 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.job_table import jobs_text
+from bench.job_table import ceiling_rate, jobs_text
 from bench.jobs import JOBS
 from bench.rows import rows
 from bench.work import TERA
@@ -59,13 +59,6 @@ def _sort_row(line: Result, ceilings: Result | None) -> list[object]:
     best = ceiling_rate(ceilings, line["sort"], line["precision"]) / TERA
     floor = line["tflop"] / best * 1e3
     return [*row, rate, floor, spent - floor]
-
-
-def ceiling_rate(ceilings: Mapping[str, Any], sort: str, precision: str) -> float:
-    """Operations a second that this run's card does at best: of products at `precision`, or of exact attention."""
-    if sort == "attention":
-        return TERA * float(max(rate for name, rate in ceilings["attention"].items() if name != "sage"))
-    return TERA * float(ceilings["products"].get(precision, ceilings["products"]["bf16"]))
 
 
 def _accuracy(lines: Any, _: Result | None) -> str:

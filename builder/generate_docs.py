@@ -221,8 +221,6 @@ def _bounds(kinds: list[dict[str, Any]]) -> str:
     low, high = kind.get("minimum"), kind.get("maximum")
     if low is not None and high is not None:
         words.append(f"{low} to {high}")
-    elif high is not None:
-        words.append(f"more than {kind['exclusiveMinimum']}, up to {high}")
     if "multipleOf" in kind:
         words.append(f"multiple of {kind['multipleOf']}")
     if "maxItems" in kind:

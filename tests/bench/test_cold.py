@@ -2,7 +2,7 @@
 
 import json
 import os
-import sys
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -113,18 +113,38 @@ def test_table_sets_the_figures_against_each_other() -> None:
     ]
 
 
-@pytest.mark.soak
-def test_command_prints_the_table_and_keeps_the_numbers(
-    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_every_process_finds_compiled_kernels_only_where_it_is_told(
+    args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    json_path = tmp_path / "cold.json"
-    monkeypatch.setattr(
-        sys, "argv",
-        ["cold", "--small", "--repeats", "1", "--weights", str(tmp_path / "w"), "--json", str(json_path),
-         "--twins", str(twins)],
-    )  # fmt: skip
-    assert cold.main() == 0
-    assert "% of dd" in capsys.readouterr().out
-    numbers = json.loads(json_path.read_text())
-    assert numbers["read"]["bytes"] == data_bytes(tmp_path / "w")
-    assert set(numbers) == {"bytes", "dd_s", "read", "cold_cache", "warm_cache"}
+    """Else a first job after any other one would pass for cold, and be warm."""
+    environments: list[dict[str, str]] = []
+
+    def run(*_: object, env: dict[str, str], **__: object) -> subprocess.CompletedProcess[str]:
+        environments.append(env)
+        return subprocess.CompletedProcess([], 0, "{}\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for _ in range(2):
+        cold._child(args, "jobs", tmp_path)
+    folders = [Path(env[f"{name}_CACHE_DIR"]) for env in environments for name in ("TORCHINDUCTOR", "TRITON")]
+    assert len(set(folders)) == 4
+    assert [list(folder.iterdir()) for folder in folders] == [[]] * 4
+
+
+def test_figure_that_cannot_be_had_leaves_the_others(
+    args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(1000))
+    jobs = iter([subprocess.CalledProcessError(1, "jobs"), {"first_s": 1.0}])
+
+    def child(_: Namespace, what: str, scratch: Path) -> dict[str, Any]:
+        answer: Any = {"bake": {"files": [str(tmp_path / "x")]}, "read": {"bytes": 1000}}.get(what) or next(jobs)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cold, "_child", child)
+    assert cold._measure_all(args, tmp_path) == 1
+    kept = json.loads(args.json.read_text())
+    assert (list(kept), kept["warm_cache"]) == (["bytes", "warm_cache", "dd_s", "read"], {"first_s": 1.0})
+    assert "cold_cache: Command 'jobs' returned" in capsys.readouterr().err

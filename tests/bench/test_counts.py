@@ -60,6 +60,7 @@ def test_video_job_makes_two_forwards_a_step(twins):
 def test_image_job_makes_base_and_refiner_forwards(twins):
     _, second = count_jobs("image", twins)
     assert (second["unet"], second["refiner_unet"]) == (25, 15)
+    assert not {"text_encoder", "text_encoder_2"} & second.keys()
 
 
 def test_two_experts_of_40_blocks_share_one_graph_swap_and_are_repaired(twins):

@@ -9,9 +9,21 @@ import pytest
 
 from bench import modes
 from bench.modes import Visit, line, wrong
+from engine import video
+
+
+class ChangingCrf:
+    """Makes x264 give other bytes for the same frames, as it does by itself on some machines."""
+
+    crf = 18
+
+    def __str__(self) -> str:
+        self.crf += 1
+        return str(self.crf)
 
 
 def test_modes_take_turns_and_come_back(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "CRF", ChangingCrf())
     told = tmp_path / "modes.json"
     asked = ["--small", "--rounds", "2", "--precision", "bf16", "--twins", str(twins), "--json", str(told)]
     monkeypatch.setattr(sys, "argv", ["bench.modes", *asked])
@@ -47,7 +59,7 @@ def test_visits_as_they_should_be_are_not_wrong() -> None:
     [
         ({"is_return": False}, "svi_endframe in round 1: was loaded again"),
         ({"card_mib": 36_065.0}, "svi_endframe in round 1: 36065 MiB on the card, 36000 the first time"),
-        ({"sha256": "b"}, "svi_endframe in round 1: another file than the first time"),
+        ({"sha256": "b"}, "svi_endframe in round 1: other pixels than the first time"),
     ],
 )
 def test_visit_that_should_not_be_is_said(changes: dict[str, object], problem: str) -> None:
@@ -56,3 +68,19 @@ def test_visit_that_should_not_be_is_said(changes: dict[str, object], problem: s
 
 def test_memory_that_stays_behind_is_said() -> None:
     assert wrong([SVI, BACK], 65.0) == ["65 MiB are left on the card with both parked"]
+
+
+def test_mode_without_a_short_form_is_refused_before_anything_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        modes._arguments().parse_args(["--modes", "lightning", "image"])
+    assert "invalid choice: 'lightning'" in capsys.readouterr().err
+
+
+def test_visits_are_kept_as_they_come(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(modes, "keep", lambda _, found: kept.append((len(found["visits"]), found["problems"])))
+    monkeypatch.setattr(modes.Turns, "visit", lambda *_: SVI)
+    monkeypatch.setattr(sys, "argv", ["bench.modes", "--small", "--rounds", "1", "--twins", str(twins)])
+    modes.main()
+    assert [visits for visits, _ in kept] == [1, 2, 2]
+    assert kept[0][1] == ["cut short"]

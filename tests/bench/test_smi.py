@@ -11,7 +11,8 @@ from bench import smi
 TOOL = """#!/bin/sh
 case "$*" in
 *memory.total*) echo 143771 ;;
-*) for power in 100.5 300.5; do echo "1980, $power, 41"; done; echo "[N/A], 1, 1"; echo "1500, 700.0, 63"; sleep 60 ;;
+*) for power in 100.5 300.5; do echo "1980, $power, 41"; done; echo "[N/A], 1, 1"; echo "1500, 700.0, 63"
+   exec sleep 60 ;;
 esac
 """
 
