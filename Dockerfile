@@ -52,7 +52,8 @@ COPY . .
 RUN python builder/write_sbom.py --output sbom.cdx.json
 
 # RunPod mounts /runpod-volume as root: build with --build-arg UID=0 if the worker must write there. Nothing else is
-# written: with a read-only root file system these three and /tmp need a tmpfs or a volume that UID may write to.
+# written: with a read-only root file system these three and /tmp need a tmpfs or a volume that UID may write to;
+# /tmp more than 1 GiB of it.
 ARG UID=10001
 RUN mkdir -p output outbox cache && chown -R "${UID}" output outbox cache
 USER ${UID}

@@ -23,11 +23,16 @@ def check_weights(settings: Settings) -> None:
     Raises:
         WeightsMissing: none is baked. WeightsCorrupt: one is incomplete.
     """
-    if not _located(settings):
+    if not baked(settings):
         weights.locate(profiles.PROFILES[profiles.BAKES[0]], settings)
 
 
-def _located(settings: Settings) -> list[weights.Baked]:
+def baked(settings: Settings) -> list[weights.Baked]:
+    """Every profile that is baked where this worker looks.
+
+    Raises:
+        WeightsCorrupt: one is incomplete.
+    """
     found = []
     for name in profiles.BAKES:
         with suppress(WeightsMissing):
@@ -43,8 +48,8 @@ def check_card(settings: Settings) -> None:
     Raises:
         CardUnfit: no card, or too small a one.
     """
-    located = _located(settings)
-    if located and all(baked.profile.is_twin for baked in located):
+    found = baked(settings)
+    if found and all(each.profile.is_twin for each in found):
         return
     import torch
 
