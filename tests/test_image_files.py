@@ -21,6 +21,7 @@ from engine.profiles import BAKES, PROFILES, resolve
 from engine.settings import ROOT, Settings
 from engine.twins import write_upstream
 from schemas.input_schema import parse_request
+from tests.soak.footprint import ALLOCATOR
 
 
 class Step(NamedTuple):
@@ -294,6 +295,10 @@ def pins() -> dict[str, str]:
 
 def test_every_requirement_is_pinned_to_one_version() -> None:
     assert [name for name, pin in pins().items() if not re.fullmatch(r"\d+(\.\d+)+", pin)] == []
+
+
+def test_worker_allocates_as_it_did_in_the_soak() -> None:
+    assert environment("worker").items() >= ALLOCATOR.items()
 
 
 def test_every_import_of_the_worker_is_pinned_or_needed_by_something_pinned() -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
+"""glibc's settings, as the image has them: without them its own habits hide a leak. See the Dockerfile."""
+
 
 @dataclass(frozen=True)
 class Footprint:

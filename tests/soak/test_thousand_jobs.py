@@ -22,7 +22,7 @@ from tests.servers.http_peer import Peer, serve
 from tests.servers.runpod_server import RunPodServer
 from tests.servers.swift import Swift
 from tests.servers.worker_process import ROOT, WorkerProcess, start_worker
-from tests.soak.footprint import Footprint, footprint, of_a_round
+from tests.soak.footprint import ALLOCATOR, Footprint, footprint, of_a_round
 from tests.soak.small_jobs import CANARY, Job, endless, failing, good
 from tests.soak.success import is_true, whole_objects
 
@@ -88,8 +88,7 @@ def run(count: int, swift: Swift, folder: Path, kinds=jobs, **environment: str) 
             "BUCKET_ACCESS_KEY_ID": swift.access_key,
             "BUCKET_SECRET_ACCESS_KEY": swift.secret_key,
             "RUNPOD_ENDPOINT_ID": "endpoint0",
-            # With an arena a thread, what glibc holds of freed memory goes up and down by 20 MiB, and hides a leak.
-            "MALLOC_ARENA_MAX": "2",
+            **ALLOCATOR,
             "TMPDIR": str(temporary),
         } | environment
         with start_worker(server, [ROOT / "tests/soak/worker.py"], folder, variables) as worker:
