@@ -14,6 +14,7 @@ from typing import Any
 from apps.runpod_answers import Answer, FirstAnswers, seal, seal_error
 from apps.runpod_progress import Reporter
 from apps.runpod_watch import PRODUCTION, Limits, Pulse, stacks
+from engine import host_memory
 from engine.log import for_job, mask
 from engine.progress import Progress, Update
 from engine.settings import Settings
@@ -131,6 +132,7 @@ class Jobs:
             except BaseException as error:  # noqa: BLE001 - the process boundary: also SystemExit and MemoryError
                 _log_failure(error, job)
                 answer = seal_error(error)
+            host_memory.give_back_freed()
             seconds = round(time.monotonic() - started, 2)
             facts = {"seconds": seconds, "size_bytes": len(answer.body)}
             log.info("ended after %.2f s with %d bytes", seconds, len(answer.body), extra=facts)

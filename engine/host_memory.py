@@ -1,10 +1,12 @@
-"""How much host memory this process may still take: what the machine says, or its container, whichever is less.
+"""Host memory: how much of it this process may still take, and giving back what it has freed.
 
-Linux lets a process take more than there is and ends it later, without an exception. So whoever is about to take
-gigabytes asks here first. Memory that files are cached in counts as free, because the system gives it back at once:
-a worker that has just read its weights has filled its container with such memory up to the limit.
+What may be taken is what the machine says, or its container, whichever is less. Linux lets a process take more than
+there is and ends it later, without an exception. So whoever is about to take gigabytes asks here first. Memory that
+files are cached in counts as free, because the system gives it back at once: a worker that has just read its weights
+has filled its container with such memory up to the limit.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -46,6 +48,17 @@ def free_bytes(proc: Path = PROC, groups: Path = GROUPS) -> int:
         return 0
     left = (_left(folder, names) for folder, names in _own_groups(proc, groups))
     return max(0, min([machine, *(each for each in left if each is not None)]))
+
+
+def give_back_freed() -> None:
+    """Let the C library return to the system what is free in the middle of its heap.
+
+    By itself it returns only what is free at the end, and a worker grew by 21 to 67 MiB in 900 jobs without a leak.
+    About a millisecond. Only glibc has it; elsewhere nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[Path, _Names]]:
