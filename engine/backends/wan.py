@@ -148,6 +148,9 @@ class _MemoPipeline(WanImageToVideoPipeline):
         last_image: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise (1, 16, T, h, w) and condition (1, 20, T, h, w), both fp32; `image` is (1, 3, H, W) in [-1, 1]."""
+        # Else the scheduler looks for the first timestep among its whole numbers, and takes the second that is equal:
+        # from 334 steps on there is one, and the last step would have none to go to.
+        self.scheduler.set_begin_index(0)
         if latents is not None or last_image is not None or batch_size != 1:
             raise ValueError("one picture, no last picture, noise of its own")
         t, h, w = VideoShape(num_frames, height, width).latent()

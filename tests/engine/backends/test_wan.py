@@ -66,6 +66,14 @@ def test_video_equals_plain_diffusers_bit_for_bit(
     assert torch.equal(ours, by_hand(parts, payload))
 
 
+def test_steps_whose_first_two_timesteps_are_the_same_whole_number_come_to_their_end(wan: Wan) -> None:
+    """The stock pipeline starts such a grid at its second step, and fails after the last one."""
+    asked = {**SMALL, "num_inference_steps": 334, "guidance_scale": 1.0, "num_frames": 5, "height": 32, "width": 32}
+    seen: list[Update] = []
+    frames_of(wan.generate(task(wan, asked), Progress(seen.append)))
+    assert [update.step for update in seen if update.stage == "denoise"][-1] == 334
+
+
 def test_size_follows_the_pictures_aspect(wan: Wan) -> None:
     payload = {name: value for name, value in SMALL.items() if name not in {"height", "width"}}
     frames = wan.generate(task(wan, {**payload, "num_inference_steps": 1, "num_frames": 5}), Progress())
