@@ -126,6 +126,7 @@ class _MemoPipeline(WanImageToVideoPipeline):
     """The stock pipeline, asking our encoders: equal, without computing what is known already."""
 
     vae: Any
+    scheduler: Any
     _execution_device: torch.device
     memo: MemoEncoder
     pictures: PictureEncoder
