@@ -1,8 +1,9 @@
 """Wan2.1 image-to-video through diffusers' own pipeline, put together from our parts.
 
-The pipeline's loop and scheduler are used as they are, begun at the first step. Ours are the size rule, the encoders that visit the card and
-are asked once a prompt or picture, the encode that skips what it has already computed, a CPU generator (a seed means
-the same on every card), progress and cancel at each step, and a decode that hands out frames as they come.
+The pipeline's loop and scheduler are used as they are, begun at the first step. Ours are the size rule, the encoders
+that visit the card and are asked once a prompt or picture, the encode that skips what it has already computed, a CPU
+generator (a seed means the same on every card), progress and cancel at each step, and a decode that hands out frames
+as they come.
 """
 
 from collections.abc import Iterator
