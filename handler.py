@@ -52,8 +52,8 @@ def run(
     if (answered := store.recall(job_id, fingerprint)) is not None:
         return answered  # the platform delivered the job twice
     baked = weights.locate(profiles.resolve(request), worker.settings)
-    worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
     parts = baked.parts()  # in a new process the files are read ahead from here on
+    worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
     with progress.stage("fetch"):
         media = inputs.load(request, worker.settings, progress.check)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.kept import keep
-from bench.random_parts import DEVIATION
+from bench.random_parts import DEVIATION, deviation
 from engine.convert import execution_order, stem, stored_shapes
 from engine.parts import empty_model, frame, read_config, stored_dtype
 from engine.profile import Component, Profile
@@ -52,20 +52,20 @@ def _write_component(component: Component, target: Path, twins: Path, device: st
     shapes = stored_shapes(component, model)
     specs = [Spec(name, stored_dtype(component, name), shapes[name]) for name in execution_order(list(shapes))]
     with TensorWriter(target / f"{stem(component)}.safetensors", specs) as writer:
-        for spec, value in _drawn(specs, device):
+        for spec, value in _drawn(component, specs, device):
             writer.write(spec.name, value)
     (target / "component.json").write_text("{}")  # what tells a bake from a published folder
 
 
-def _drawn(specs: list[Spec], device: str) -> Iterator[tuple[Spec, torch.Tensor]]:
+def _drawn(component: Component, specs: list[Spec], device: str) -> Iterator[tuple[Spec, torch.Tensor]]:
     generator = torch.Generator(device).manual_seed(0)
     for spec in specs:
         wide = torch.empty(spec.shape, dtype=torch.float32, device=device)
-        yield spec, _fill(wide, spec, generator).to(spec.dtype).cpu()
+        yield spec, _fill(wide, component, spec, generator).to(spec.dtype).cpu()
 
 
-def _fill(wide: torch.Tensor, spec: Spec, generator: torch.Generator) -> torch.Tensor:
-    """Norms are 1, biases 0, all else is normal with one deviation; in 8 bits that is number times scale."""
+def _fill(wide: torch.Tensor, component: Component, spec: Spec, generator: torch.Generator) -> torch.Tensor:
+    """Norms are 1, biases 0, all else is normal as RandomParts draws it; in 8 bits that is number times scale."""
     module, _, kind = spec.name.rpartition(".")
     if kind == "weight_q":
         return wide.normal_(0.0, SPREAD, generator=generator).clamp_(-127, 127)
@@ -75,7 +75,7 @@ def _fill(wide: torch.Tensor, spec: Spec, generator: torch.Generator) -> torch.T
         return wide.zero_()
     if kind == "gamma" or "norm" in module.rpartition(".")[2]:
         return wide.fill_(1.0)
-    return wide.normal_(0.0, DEVIATION, generator=generator)
+    return wide.normal_(0.0, deviation(component, spec.name), generator=generator)
 
 
 def _wide_folder(component: Component, twins: Path) -> Path:

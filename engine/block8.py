@@ -1,18 +1,20 @@
 """A Wan block whose large 8-bit layers are handed rounded rows: norm, residual sum and GELU come with the rounding.
 
-The arithmetic is that of diffusers' WanTransformerBlock, with one rounding to bf16 less before each 8-bit one. Used
-for fp8 blocks on a card whose kernels passed their self-test; every other block stays as it is.
+The arithmetic is that of diffusers' WanTransformerBlock, with one rounding to bf16 less before each 8-bit one and
+between the norm of a query or key and its turning. Used for fp8 blocks on a card whose kernels passed their self-test;
+every other block stays as it is.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from engine import rounding
+from engine.attention import WanProcessor
 from engine.linear8 import Linear8, Rounded, project
-from engine.rounding import add_norm_round, gelu_round, norm_round
+from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
 
 
 class Block8(WanTransformerBlock):
@@ -26,7 +28,7 @@ class Block8(WanTransformerBlock):
         rotary_emb: Tensor,
     ) -> Tensor:
         """hidden_states (1, tokens, dim) bf16, temb (1, 6, dim) -> (1, tokens, dim)."""
-        if temb.shape[0] != 1 or temb.ndim != 3 or any(_is_watched(layer) for layer in _rounded_layers(self)):
+        if temb.shape[0] != 1 or temb.ndim != 3 or any(_is_watched(layer) for layer in _passed_by(self)):
             out: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
             return out
         table = (self.scale_shift_table + temb.float())[0]
@@ -49,6 +51,38 @@ class Block8(WanTransformerBlock):
         return out
 
 
+class OnePassProcessor(WanProcessor):
+    """Attention of a Block8. Activations that do not come rounded, from a block that runs as diffusers wrote it, go
+    the way of the processor that was there before."""
+
+    def __init__(self, before: WanProcessor) -> None:
+        super().__init__(before.kernel)
+        self._before = before
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor | Rounded,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Rounded (1, n, dim) -> (1, n, dim); else as WanProcessor."""
+        run = super().__call__ if isinstance(hidden_states, Rounded) else self._before
+        return run(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+    def _norm(self, norm: Any, x: Tensor, heads: int, rotary_emb: tuple[Tensor, Tensor] | None) -> Tensor:
+        if rotary_emb is None:
+            return super()._norm(norm, x, heads, rotary_emb)
+        cos, sin = (table[0, :, 0] for table in rotary_emb)
+        return norm_rotate(x[0], norm.weight, cos, sin, norm.eps)[None].unflatten(2, (heads, -1))
+
+    def _project_out(self, layer: Any, out: Tensor) -> Tensor:
+        values, row_scale = plain_round(out[0])
+        (projected,) = project(_batch(values, row_scale, out), (layer,))
+        return projected
+
+
 def _batch(values: Tensor, scale: Tensor, like: Tensor) -> Rounded:
     """As a batch of one, for a result of the type of `like`."""
     return Rounded(values[None], scale[None], like.dtype)
@@ -56,7 +90,7 @@ def _batch(values: Tensor, scale: Tensor, like: Tensor) -> Rounded:
 
 def install(model: nn.Module, device: str) -> tuple[str, ...]:
     """Make the model's fp8 blocks Block8 where the card can; returns what should be said."""
-    blocks = [block for block in model.modules() if _fits(block)]
+    blocks: list[Any] = [block for block in model.modules() if _fits(block)]
     if not blocks or torch.device(device).type != "cuda":
         return ()
     problem = rounding.problem(device)
@@ -64,6 +98,8 @@ def install(model: nn.Module, device: str) -> tuple[str, ...]:
         return (f"the one-pass rounding kernels are not used: {problem}",)
     for block in blocks:
         block.__class__ = Block8
+        for attn in (block.attn1, block.attn2):
+            attn.set_processor(OnePassProcessor(attn.processor))
     return ()
 
 
@@ -74,10 +110,16 @@ def _fits(block: nn.Module) -> bool:
 
 
 def _rounded_layers(block: WanTransformerBlock) -> tuple[nn.Module, ...]:
-    """Those that get rounded rows. One that somebody hooked must be called as a layer again."""
-    own, feed = block.attn1, block.ffn.net
-    widen, _, narrow = feed
-    return own.to_q, own.to_k, own.to_v, block.attn2.to_q, widen.get_submodule("proj"), narrow
+    """Those that get rounded rows."""
+    own, other = block.attn1, block.attn2
+    widen, _, narrow = block.ffn.net
+    outs = own.to_out[0], other.to_out[0]
+    return own.to_q, own.to_k, own.to_v, other.to_q, *outs, widen.get_submodule("proj"), narrow
+
+
+def _passed_by(block: WanTransformerBlock) -> tuple[nn.Module, ...]:
+    """Those that are not called as layers. One that somebody hooked must be again."""
+    return *_rounded_layers(block), block.attn1.norm_q, block.attn1.norm_k
 
 
 def _is_watched(layer: nn.Module) -> bool:

@@ -144,7 +144,8 @@ def round_rows(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def _round_rows(x: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST_AMAX) / kind.limit
+    # Not "/ limit": a card multiplies by the inverse of a number anyway, and a bake's bits must be those of a load.
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST_AMAX) * (1 / kind.limit)
     scaled = x / scale  # one float32 buffer, worked on in place
     if kind.dtype is torch.int8:
         scaled.round_()

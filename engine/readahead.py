@@ -10,8 +10,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engine import host_memory
+
 STEP_BYTES = 16 * 2**20  # read at a time; between two of them it can be stopped
-MAX_BYTES = 16 * 2**30  # what a fast disk delivers during the imports; more would only push other pages out
 FIRST = ("vae", "text_encoder", "image_encoder")  # what a job needs before its transformers
 
 
@@ -23,13 +24,14 @@ def order_of_need(names: Sequence[str]) -> list[str]:
 class ReadAhead:
     """Reads `files` in their order in a thread of its own, up to `max_bytes`. A file that cannot be read is left out.
 
+    None: half of the memory that is free. More would push other pages out, of this very file in the end.
     The first step is taken before the constructor returns; the rest ends by itself, or with `stop`.
     """
 
-    def __init__(self, files: Sequence[Path], max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, files: Sequence[Path], max_bytes: int | None = None) -> None:
         self.bytes_read = 0
         self._stopped = threading.Event()
-        steps = self._steps(files, max_bytes)
+        steps = self._steps(files, host_memory.free_bytes() // 2 if max_bytes is None else max_bytes)
         next(steps, None)
         self._thread = threading.Thread(target=lambda: [None for _ in steps], name="read-ahead", daemon=True)
         self._thread.start()

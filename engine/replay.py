@@ -152,4 +152,18 @@ def record_graph(run: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
     except RuntimeError:
         torch.cuda.set_stream(stream)  # a recording that fails leaves its own one behind
         raise
-    return graph, result
+    return _Graph(graph), result
+
+
+class _Graph:
+    """A recording, and the memory that cuBLAS took in it: 32 MiB for the recording's stream, which it would keep."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def reset(self) -> None:
+        self._graph.reset()
+        torch._C._cuda_clearCublasWorkspaces()

@@ -39,6 +39,16 @@ def _norm(value: tl.tensor, inside: tl.tensor, weight_at: tl.tensor, bias_at: tl
 
 
 @triton.jit
+def _plain_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor, width: tl.constexpr,
+                        block: tl.constexpr, smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+
+
+@triton.jit
 def _gelu_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor, width: tl.constexpr,
                        block: tl.constexpr, smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -68,6 +78,44 @@ def _norm_round_kernel(x_at: tl.tensor, added_at: tl.tensor, gate_at: tl.tensor,
         value = total.to(tl.float32)
     value = _norm(value, inside, weight_at, bias_at, columns, width, eps)
     _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+
+
+@triton.jit
+def _norm_rotate_kernel(x_at: tl.tensor, weight_at: tl.tensor, cos_at: tl.tensor, sin_at: tl.tensor,
+                        out_at: tl.tensor, width: tl.constexpr, block: tl.constexpr, head: tl.constexpr,
+                        eps: tl.constexpr) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    normed = value * root * tl.load(weight_at + columns, mask=inside, other=0.0).to(tl.float32)
+    # A thread holds both of a pair: they change places in its registers, where a load of columns ^ 1 is 2 bytes wide.
+    even, odd = tl.split(tl.reshape(normed, (block // 2, 2)))
+    partner = tl.reshape(tl.join(-odd, even), (block,))
+    angle = row * head + columns % head
+    cos = tl.load(cos_at + angle, mask=inside, other=0.0)
+    sin = tl.load(sin_at + angle, mask=inside, other=0.0)
+    turned = normed * cos + partner * sin
+    tl.store(out_at + row * width + columns, turned.to(out_at.dtype.element_ty), mask=inside)
+
+
+def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scales = _room(x)
+    rows, width = x.shape
+    _plain_round_kernel[(rows,)](
+        x, values, scales, width, _block(width), SMALLEST_AMAX, FP8.limit, num_warps=_warps(width)
+    )
+    return values, scales
+
+
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    _norm_rotate_kernel[(rows,)](
+        x, weight, cos, sin, out, width, _block(width), cos.shape[1], eps, num_warps=_warps(width)
+    )
+    return out
 
 
 def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:

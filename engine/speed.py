@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine import attention, block8
-from engine.artefacts import Artefacts
+from engine.artefacts import Artefacts, keep_kernels
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
 from engine.card import Levers
@@ -82,6 +82,8 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     `models`: those that run; of rolling experts that is the one model whose storage they share.
     """
     is_compiled = levers.compile and device.startswith("cuda")
+    if levers.cache_dir is not None:
+        keep_kernels(levers.cache_dir)
     if is_compiled:
         start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
     choice = attention.choose(device, levers.attention)

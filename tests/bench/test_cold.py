@@ -53,6 +53,15 @@ def test_random_bake_is_found_and_loaded_as_a_bake(weights: Path) -> None:
     assert block.attn1.to_q.bias.unique().tolist() == [0.0]
 
 
+def test_random_bake_makes_the_film_that_drawn_parts_make(weights: Path) -> None:
+    """Else a cold job would wait for x264 at work on noise."""
+    vae = locate(SVI, Settings(weights_dir=weights, precision="fp8")).parts().load("vae")
+    drawn = {name: tensor for name, tensor in vae.state_dict().items() if tensor.numel() > 300}
+    smaller = drawn.pop("decoder.conv_out.weight").std().item()
+    assert smaller == pytest.approx(0.0025, rel=0.2)  # of 324 numbers
+    assert [name for name, tensor in drawn.items() if tensor.std().item() != pytest.approx(0.02, rel=0.2)] == []
+
+
 def test_random_bake_is_written_once(weights: Path, twins: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in weights.rglob("*.safetensors")}
     files = write_bake(SVI.baked_in("fp8"), weights, twins, is_small=True)

@@ -37,6 +37,7 @@ def test_random_part_has_sane_values(parts: RandomParts) -> None:
     assert vae.encoder.conv_norm_out.weight.unique().tolist() == [1.0]
     assert vae.encoder.conv_in.bias.unique().tolist() == [0.0]
     assert vae.decoder.conv_in.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert vae.decoder.conv_out.weight.std().item() == pytest.approx(0.02, rel=0.05)  # only Wan's is smaller
     picture = vae.decode(torch.randn(1, 4, 8, 8)).sample
     assert torch.isfinite(picture).all()
     assert picture.std() > 0
@@ -79,6 +80,13 @@ def test_worker_takes_drawn_parts_as_it_takes_baked_ones(tiny: RandomParts, twin
         "transformer": 2, "transformer_2": 4,
     }  # fmt: skip
     models.unload_all()
+
+
+def test_only_the_convolution_that_makes_the_film_is_drawn_smaller(tiny: RandomParts) -> None:
+    weights = {name: tensor for name, tensor in tiny.load("vae").state_dict().items() if tensor.numel() > 300}
+    smaller = weights.pop("decoder.conv_out.weight").std().item()
+    assert smaller == pytest.approx(0.0025, rel=0.2)  # of 324 numbers
+    assert [name for name, tensor in weights.items() if tensor.std().item() != pytest.approx(0.02, rel=0.2)] == []
 
 
 def test_shallower_model_has_fewer_blocks_and_nothing_else_changed(tiny: RandomParts) -> None:

@@ -95,7 +95,7 @@ def test_choose_says_why_a_wanted_kernel_is_not_used():
 
 
 def test_choose_refuses_an_unknown_name():
-    with pytest.raises(SettingsError, match="'flash', not one of flash4, cudnn"):
+    with pytest.raises(SettingsError, match="'flash', not one of flash4_wide, flash4, cudnn"):
         choose("cpu", "flash")
 
 
@@ -110,19 +110,19 @@ def hopper(monkeypatch):
 
 def test_choose_takes_the_fastest_that_passes(hopper):
     right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
-    assert choose("cuda", kernels=right) == attention.Choice("flash4")
+    assert choose("cuda", kernels=right) == attention.Choice("flash4_wide")
     assert choose("cuda", "sage", kernels=right) == attention.Choice("sage")
 
 
 def test_choose_skips_a_kernel_whose_result_is_off(hopper):
     right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
-    wrong = replace(right["flash4"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
-    chosen = choose("cuda", kernels={**right, "flash4": wrong})
-    assert chosen.name == "cudnn"
-    assert chosen.notes == ("attention kernel flash4 is not used: its result is off (relative error 0.100)",)
+    wrong = replace(right["flash4_wide"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
+    chosen = choose("cuda", kernels={**right, "flash4_wide": wrong})
+    assert chosen.name == "flash4"
+    assert chosen.notes == ("attention kernel flash4_wide is not used: its result is off (relative error 0.100)",)
 
 
-EVERY = ["flash4", "cudnn", "flash2", "sage", "xformers", "native"]
+EVERY = ["flash4_wide", "flash4", "cudnn", "flash2", "sage", "xformers", "native"]
 
 
 def test_every_named_kernel_is_in_the_table():
@@ -140,7 +140,7 @@ def test_each_kernel_that_is_wrong_is_skipped_and_said(hopper, name):
 
     right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
     chosen = choose("cuda", name, kernels={**right, name: replace(right[name], attend=black_row)})
-    assert chosen.name == ("cudnn" if name == "flash4" else "flash4")
+    assert chosen.name == ("flash4" if name == "flash4_wide" else "flash4_wide")
     assert chosen.notes == (f"attention kernel {name} is not used: its result is off (relative error inf)",)
     assert choose("cuda", name, kernels=right) == attention.Choice(name)
 
@@ -158,7 +158,7 @@ def test_no_kernel_is_tested_after_one_that_passes(hopper):
 
     watched = {name: replace(kernel, attend=remembering(name, name == "cudnn")) for name, kernel in KERNELS.items()}
     assert choose("cuda", kernels=watched).name == "cudnn"
-    assert tried == ["flash4", "cudnn"]
+    assert tried == ["flash4_wide", "flash4", "cudnn"]
 
 
 def test_self_test_meets_one_head_size_that_is_the_models_own():
@@ -170,7 +170,7 @@ def test_choose_skips_packages_that_are_missing(hopper, monkeypatch):
     chosen = choose("cuda")  # cuDNN needs a card
     assert chosen.name == "native"
     assert [note.split("(")[1].split(":")[0] for note in chosen.notes] == [
-        "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",
+        "ModuleNotFoundError", "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",
     ]  # fmt: skip
 
 

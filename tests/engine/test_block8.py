@@ -5,11 +5,16 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from engine import attention, block8
-from engine.block8 import Block8, install
+from engine.attention import WanProcessor
+from engine.block8 import Block8, OnePassProcessor, install
 from engine.linear8 import replace_linears
 from engine.linear8_check import snr_db
 
 DIM, HEADS, TOKENS = 64, 2, 24
+PLACES = [
+    "attn1.to_q", "attn1.norm_q", "attn1.norm_k", "attn1.to_out.0", "attn1.to_out.1", "attn2.to_q", "attn2.norm_q",
+    "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2",
+]  # fmt: skip
 
 
 class Holder(torch.nn.Module):
@@ -75,7 +80,31 @@ def test_install_keeps_every_tensor_where_it_is_under_its_name():
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("place", ["attn1.to_q", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2", "attn1.to_out.0"])
+def processors(model):
+    return [attn.processor for block in model.blocks for attn in (block.attn1, block.attn2)]
+
+
+def test_install_keeps_the_kernel_of_each_attention():
+    model = Holder("fp8", None)
+    install(model, "cuda")
+    assert {(type(one), isinstance(one, WanProcessor), one.kernel) for one in processors(model)} == {
+        (OnePassProcessor, True, "native")
+    }
+
+
+@pytest.mark.parametrize("image_dim", [None, DIM])
+def test_block_norms_and_turns_and_rounds_for_to_out_in_one_pass_each(given, image_dim, monkeypatch):
+    model = Holder("fp8", image_dim)
+    install(model, "cuda")
+    called = []
+    for name in ("norm_rotate", "plain_round"):
+        one_pass = getattr(block8, name)
+        monkeypatch.setattr(block8, name, lambda *args, n=name, f=one_pass: called.append(n) or f(*args))
+    model.blocks[0](**given)
+    assert called == ["norm_rotate", "norm_rotate", "plain_round", "plain_round"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_block_lets_a_hook_on_a_layer_add_to_it(given, place):
     model = Holder("fp8", None)
     install(model, "cuda")
@@ -85,6 +114,15 @@ def test_block_lets_a_hook_on_a_layer_add_to_it(given, place):
     assert not torch.equal(block(**given), without)
     hook.remove()
     assert torch.equal(block(**given), without)
+
+
+@pytest.mark.parametrize("place", ["attn1.norm_q", "attn1.norm_k", "attn1.to_out.0", "attn2.to_out.0"])
+def test_hooked_block_runs_as_the_stock_block(given, place):
+    model = Holder("fp8", None)
+    model.blocks[0].get_submodule(place).register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    stock = model.blocks[0](**given)
+    install(model, "cuda")
+    assert torch.equal(model.blocks[0](**given), stock)
 
 
 def test_block_of_two_videos_at_once_runs_as_the_stock_block(given):
@@ -100,12 +138,14 @@ def test_install_leaves_other_kinds_alone(kind):
     model = Holder(kind, None)
     assert install(model, "cuda") == ()
     assert type(model.blocks[0]) is WanTransformerBlock
+    assert {type(one) for one in processors(model)} == {WanProcessor}
 
 
 def test_install_leaves_a_model_alone_when_there_is_no_card():
     model = Holder("fp8", None)
     assert install(model, "cpu") == ()
     assert type(model.blocks[0]) is WanTransformerBlock
+    assert {type(one) for one in processors(model)} == {WanProcessor}
 
 
 def test_install_says_why_when_the_card_fails_and_leaves_the_model_alone(monkeypatch):
@@ -113,6 +153,7 @@ def test_install_says_why_when_the_card_fails_and_leaves_the_model_alone(monkeyp
     model = Holder("fp8", None)
     assert install(model, "cuda") == ("the one-pass rounding kernels are not used: a result is off (SNR 3.0 dB)",)
     assert type(model.blocks[0]) is WanTransformerBlock
+    assert {type(one) for one in processors(model)} == {WanProcessor}
 
 
 def test_block_is_one_graph_for_all_blocks(given):

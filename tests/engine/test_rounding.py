@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from engine import rounding
+from engine.attention import rotate
 from engine.linear8 import KINDS, round_rows
-from engine.rounding import add_norm_round, gelu_round, norm_round
+from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
 
 EPS = 1e-6
 
@@ -18,6 +19,38 @@ def draw(*shape, seed=0):
 @pytest.fixture
 def rows():
     return draw(5, 48).to(torch.bfloat16)
+
+
+@pytest.fixture
+def turn():
+    """cos and sin for heads of 16."""
+    angles = draw(5, 8, seed=6).repeat_interleave(2, dim=1)
+    return angles.cos(), angles.sin()
+
+
+def test_plain_round_gives_what_rounding_gives(rows):
+    values, scale = plain_round(rows)
+    expected, expected_scale = round_rows(rows, KINDS["fp8"])
+    assert torch.equal(values.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+
+
+def test_norm_rotate_gives_what_the_steps_give_in_float32(rows, turn):
+    norm = torch.nn.RMSNorm(48, EPS)
+    norm.weight.data = draw(48, seed=1)
+    cos, sin = (table[None, :, None] for table in turn)
+    with torch.no_grad():
+        expected = rotate(norm(rows.float()[None]).unflatten(2, (3, 16)), cos, sin).flatten(2)[0]
+        made = norm_rotate(rows, norm.weight, *turn, EPS)
+    assert torch.equal(made, expected.to(torch.bfloat16))
+
+
+def test_norm_rotate_lets_no_other_row_see_a_nan(rows, turn):
+    right = norm_rotate(rows, torch.ones(48), *turn, EPS)
+    rows[1, 3] = float("nan")
+    made = norm_rotate(rows, torch.ones(48), *turn, EPS)
+    assert torch.isnan(made[1]).all()
+    assert torch.equal(made[[0, 2, 3, 4]], right[[0, 2, 3, 4]])
 
 
 def test_gelu_round_gives_what_gelu_and_rounding_give(rows):
@@ -47,17 +80,23 @@ def test_add_norm_round_norms_the_sum_that_it_returns(rows, gated):
     assert torch.equal(scale, expected_scale)
 
 
-@pytest.mark.parametrize("kind", ["gelu", "norm"])
+@pytest.mark.parametrize("kind", ["plain", "gelu", "norm"])
 def test_a_row_with_a_nan_becomes_nan_and_no_other_does(rows, kind):
     rows[1, 3] = float("nan")
-    values, scale = gelu_round(rows) if kind == "gelu" else norm_round(rows, torch.ones(48), torch.zeros(48), EPS)
+    values, scale = {
+        "plain": lambda: plain_round(rows),
+        "gelu": lambda: gelu_round(rows),
+        "norm": lambda: norm_round(rows, torch.ones(48), torch.zeros(48), EPS),
+    }[kind]()
     made = values.float() * scale
     assert torch.isnan(made[1]).all()
     assert torch.isfinite(made[[0, 2, 3, 4]]).all()
 
 
-def test_every_operator_has_a_fake_of_its_shapes_and_types(rows):
+def test_every_operator_has_a_fake_of_its_shapes_and_types(rows, turn):
     weight = torch.ones(48)
+    torch.library.opcheck(plain_round, (rows,))
+    torch.library.opcheck(norm_rotate, (rows, weight, *turn, EPS))
     torch.library.opcheck(gelu_round, (rows,))
     torch.library.opcheck(norm_round, (rows, weight, weight, EPS))
     torch.library.opcheck(add_norm_round, (rows, rows.clone(), None, weight, weight, EPS))
@@ -67,7 +106,7 @@ def test_problem_is_none_for_the_right_arithmetic():
     assert rounding.problem.__wrapped__("cpu") is None
 
 
-@pytest.mark.parametrize("name", ["gelu_round", "norm_round"])
+@pytest.mark.parametrize("name", ["plain_round", "gelu_round", "norm_round", "norm_rotate"])
 def test_problem_names_a_wrong_result(name, monkeypatch):
     right = getattr(rounding, name)
     monkeypatch.setattr(rounding, name, lambda x, *rest: right(x.flip(-1), *rest))

@@ -174,7 +174,7 @@ def test_write_mp4_lets_the_decoders_exception_through_and_removes_the_file(tmp_
     assert caught.value is error
     assert closed == [True]
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encoder")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("encoder", "colours"))]
 
 
 def test_write_mp4_streams(tmp_path):
@@ -195,17 +195,17 @@ def test_write_mp4_streams(tmp_path):
     assert most <= QUEUE_CHUNKS + 3
 
 
-def test_write_mp4_encodes_while_the_decoder_works(tmp_path):
-    encoder_threads = set()
+def test_write_mp4_converts_and_encodes_while_the_decoder_works(tmp_path):
+    threads = set()
 
     def watching():
         for chunk in chunks(pictures()):
-            encoder_threads.update(t.name for t in threading.enumerate() if t.name.startswith("encoder"))
+            threads.update(t.name for t in threading.enumerate() if t.name.startswith(("encoder", "colours")))
             yield chunk
 
     write_mp4(Frames(watching(), SHAPE, 16), tmp_path / "video.mp4")
-    assert len(encoder_threads) == 1
-    assert not [t for t in threading.enumerate() if t.name.startswith("encoder")]
+    assert threads == {"colours_0", "encoder_0"}
+    assert not [t for t in threading.enumerate() if t.name.startswith(("encoder", "colours"))]
 
 
 def test_write_mp4_fails_cleanly_without_its_folder(tmp_path):

@@ -17,12 +17,15 @@ PASSES: list[tuple[Any, dict[str, Any]]] = [
     (passes_triton._double_size_kernel, PIXELS),
 ]
 ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
+    (rounding_triton._plain_round_kernel, ROW),
     (rounding_triton._gelu_round_kernel, ROW),
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": False, "has_gate": False}),
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
+    (rounding_triton._norm_rotate_kernel, {"width": 5120, "block": 8192, "head": 128, "eps": 1e-6}),
 ]
 NUMBERS = {"pixels": "i32", "width": "i32"}
-ROUNDINGS_TYPES = {**dict.fromkeys(("gate_at", "weight_at", "bias_at", "scales_at"), "*fp32"), "values_at": "*fp8e4nv"}
+FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
+ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv"}
 
 
 def compile_for(card: int, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:

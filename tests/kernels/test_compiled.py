@@ -10,7 +10,9 @@ from builder.lockfile import LOCK, read_lock
 from engine.settings import ROOT
 
 PASSES = ["_norm_silu_kernel", "_add_kernel", "_double_size_kernel"]
-ROUNDINGS = ["_gelu_round_kernel", "_norm_round_kernel", "_norm_round_kernel"]
+ROUNDINGS = [
+    "_plain_round_kernel", "_gelu_round_kernel", "_norm_round_kernel", "_norm_round_kernel", "_norm_rotate_kernel",
+]  # fmt: skip
 
 
 def test_every_kernel_compiles_for_the_cards_that_run_it(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from engine.rounding import FP8
 EPS = 1e-6
 ROWS = 5
 WIDTHS = [1, 16, 100, 513, 5120]  # one value, a power of two, none, one past, the models' own
+# (n, d): one pair, one head of a power of two and of none, several heads of each, the models' own
+HEADS = [(2, 2), (16, 16), (10, 10), (48, 16), (90, 6), (5120, 128)]
+HALF_STEP = 2.0**-8  # of bf16, in parts of a value
 FP32 = 2.0**-20  # sixteen roundings to fp32, in parts of a row's largest value
 # Of 128 and 448 the format's own: what is left to round is nothing.
 EVEN, ODD = [1.0, -1.0] * 8, [3.0, -3.0, 1.0, -1.0, 0.0]  # mean 0, deviation 1 and 2
@@ -38,6 +41,21 @@ def exact_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / spread * weight.double() + bias.double()
 
 
+def exact_norm_rotate(x: Tensor, weight: Tensor, angles: Tensor) -> Tensor:
+    """`angles`: (rows, d / 2), one a pair."""
+    v = x.double()
+    normed = v / (v.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    even, odd = normed.unflatten(1, (-1, angles.shape[1], 2)).unbind(-1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(1)
+
+
+def tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each angle twice."""
+    twice = angles.double().repeat_interleave(2, dim=1)
+    return twice.cos().float(), twice.sin().float()
+
+
 def check(made: tuple[Tensor, Tensor], wanted: Tensor) -> None:
     """Values of -448 ... 448 and a scale a row, before the values are rounded to 8 bits."""
     values, scale = made
@@ -52,6 +70,66 @@ def check(made: tuple[Tensor, Tensor], wanted: Tensor) -> None:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels write fp32 where they write 8 bits else."""
     monkeypatch.setattr(rounding_triton, "FP8", replace(FP8, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.usefixtures("wide")
+def test_plain_round_scales_what_it_is_given(rows, width):
+    x = draw(rows, width).bfloat16()
+    check(rounding_triton.plain_round(x), x.double())
+
+
+@pytest.mark.parametrize(("width", "head"), HEADS)
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("times", [1.0, EPS])  # of the second, eps is all that counts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_rotate_norms_the_row_and_turns_each_head(rows, width, head, times, dtype, monkeypatch):
+    x, weight = (times * draw(rows, width)).bfloat16(), draw(width, seed=1).to(dtype)
+    angles = 3 * draw(rows, head // 2, seed=2)
+    wanted = exact_norm_rotate(x, weight, angles)
+    out = rounding_triton.norm_rotate(x, weight, *tables(angles), EPS)
+    assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
+    fp32 = FP32 * wanted.abs().amax(-1, keepdim=True)
+    assert ((out.double() - wanted).abs() <= HALF_STEP * (wanted.abs() + fp32) + fp32).all()
+
+
+def test_norm_rotate_is_exact_where_fp32_is():
+    """Quarter turns of a row whose mean square is 1, of two heads with the same angles."""
+    x = torch.tensor([[1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0]] * 2).bfloat16()
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).bfloat16()
+    cos = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, -1.0, -1.0]])
+    sin = torch.tensor([[0.0, 0.0, 1.0, 1.0], [-1.0, -1.0, 0.0, 0.0]])
+    out = rounding_triton.norm_rotate(x, weight, cos, sin, 0.0)
+    assert out.tolist() == [
+        [1.0, -2.0, -4.0, 3.0, -5.0, -6.0, 8.0, 7.0],
+        [-2.0, -1.0, -3.0, -4.0, -6.0, 5.0, -7.0, 8.0],
+    ]
+
+
+def test_norm_rotate_rounds_once():
+    """1 + 2^-8 + 2^-16 is above the middle of two bf16 values; a norm that is bf16 itself would lose the last."""
+    cos, sin = torch.ones(1, 2), torch.full((1, 2), 2.0**-16)
+    weight = torch.tensor([1.0, 1.0 + 2.0**-8])
+    out = rounding_triton.norm_rotate(torch.ones(1, 2).bfloat16(), weight, cos, sin, 0.0)
+    assert out[0, 1].item() == 1.0078125
+
+
+def test_norm_rotate_keeps_a_row_of_zeros():
+    angles = draw(2, 8)
+    out = rounding_triton.norm_rotate(torch.zeros(2, 48).bfloat16(), draw(48, seed=1), *tables(angles), EPS)
+    assert (out == 0.0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_norm_rotate_lets_no_other_row_see_one_that_is_not_finite(bad):
+    x, weight, angles = draw(ROWS, 48).bfloat16(), draw(48, seed=1), draw(ROWS, 8, seed=2)
+    right = rounding_triton.norm_rotate(x, weight, *tables(angles), EPS)
+    x[2, 7] = bad
+    out = rounding_triton.norm_rotate(x, weight, *tables(angles), EPS)
+    others = [0, 1, 3, 4]
+    assert torch.equal(out[others], right[others])
+    assert out[2, 6:8].isnan().all()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -85,6 +163,8 @@ def test_add_norm_round_scales_the_norm_of_the_sum_that_it_returns(width, gated)
 def run(name: str, module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     weight, bias = draw(width, seed=1), draw(width, seed=2)
+    if name == "plain":
+        return module.plain_round(x)
     if name == "gelu":
         return module.gelu_round(x)
     if name == "norm":
@@ -92,7 +172,7 @@ def run(name: str, module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return module.add_norm_round(x, x.flip(0), draw(width, seed=4), weight, bias, EPS)[1:]
 
 
-KERNELS = ["gelu", "norm", "add_norm"]
+KERNELS = ["plain", "gelu", "norm", "add_norm"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -134,6 +214,7 @@ def test_sum_is_rounded_to_the_even_neighbour():
 def test_row_of_zeros_divides_by_no_zero(name):
     x = torch.zeros(2, 100).bfloat16()
     values, scale = {
+        "plain": lambda: rounding_triton.plain_round(x),
         "gelu": lambda: rounding_triton.gelu_round(x),
         "norm": lambda: rounding_triton.norm_round(x, torch.ones(100), torch.zeros(100), EPS),
         "add_norm": lambda: rounding_triton.add_norm_round(x, x, None, torch.ones(100), torch.zeros(100), EPS)[1:],
@@ -168,7 +249,7 @@ def test_no_product_makes_a_finite_number_of_a_row_that_is_not(name, bad):
 
 def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What a worker's start would say of these kernels."""
-    for name in ("gelu_round", "norm_round", "add_norm_round"):
+    for name in ("plain_round", "gelu_round", "norm_round", "add_norm_round", "norm_rotate"):
         monkeypatch.setattr(rounding, name, getattr(module, name))
     return rounding.problem.__wrapped__("cpu")
 
@@ -190,13 +271,21 @@ def test_self_test_accepts_the_kernels(monkeypatch):
         ("(value + added)", "(value)"),
         ("tl.sigmoid(1.59", "tl.sigmoid(-1.59"),
         ("largest / limit)", "limit / largest)"),
+        ("out_at.dtype.element_ty), mask=inside", "out_at.dtype.element_ty), mask=columns < width - 1"),
+        ("tl.sum(value * value, axis=0) / width", "tl.sum(value * value, axis=0) / block"),
+        ("value * root * tl.load(weight_at + columns, mask=inside, other=0.0).to(tl.float32)", "value * root"),
+        ("tl.join(-odd, even)", "tl.join(odd, -even)"),
+        ("tl.join(-odd, even)", "tl.join(-even, odd)"),
+        ("row * head + columns % head", "columns % head"),
+        ("row * head + columns % head", "row * head + columns * 0"),
     ],
     ids=[
         "a column not written", "the largest of half a row", "a norm over more than the row", "no mean", "no bias",
         "no weight", "no gate", "no sum", "GELU the other way round", "the scale upside down",
+        "a rotated column not written", "a mean square over more than the row", "no weight before the rotation",
+        "a rotation the other way round", "no partner", "one row's angles", "one angle",
     ],
 )  # fmt: skip
 def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
-    monkeypatch.setattr(rounding, "TEST_WIDTHS", rounding.TEST_WIDTHS[:1])
     monkeypatch.setattr(rounding, "TEST_ROWS", ROWS)
     assert "a result is off" in str(problem(changed("rounding_triton", old, new), monkeypatch))
