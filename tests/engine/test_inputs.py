@@ -1,12 +1,14 @@
 """From a parsed request to decoded media: what is read, what it is called when it fails, what is kept of it."""
 
 import base64
+import threading
 from hashlib import sha256
 
 import numpy as np
 import pytest
 
 from engine import inputs
+from engine.pictures import decode_picture
 from engine.settings import Settings
 from schemas.errors import Cancelled, FetchFailed, InvalidMedia
 from schemas.input_schema import parse_request
@@ -40,6 +42,24 @@ def test_load_decodes_every_picture_and_hashes_its_file():
     assert [picture.size for picture in media.pictures["image_refs"]] == [(64, 48)]
     png, other = sha256(PNG).hexdigest(), sha256(OTHER).hexdigest()
     assert media.hashes == {"image_start": png, "image_end": other, "image_refs": [png]}
+
+
+def test_load_decodes_two_pictures_at_a_time(monkeypatch):
+    """Each waits until the other has begun."""
+    both = threading.Barrier(2)
+
+    def decode(data: bytes) -> object:
+        both.wait(10)
+        return decode_picture(data)
+
+    monkeypatch.setattr(inputs, "decode_picture", decode)
+    assert list(inputs.load(svi(), Settings(), go_on).pictures) == ["image_start", "image_end"]
+
+
+def test_load_leaves_no_decoding_behind_when_a_picture_is_wrong():
+    with pytest.raises(InvalidMedia, match=r"^image_start: "):
+        inputs.load(svi(image_start=data_uri(b"no picture"), image_refs=[data_uri(PNG)]), Settings(), go_on)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pictures")]
 
 
 def test_load_takes_as_many_frames_of_a_video_as_its_motion_is_encoded_from():
