@@ -50,9 +50,9 @@ ON_A_CARD = (
     "bake_eight_bits", "fast_decode", "frames", "passes", "reading", "replay", "rounding", "standing", "warm_up",
 )  # fmt: skip
 FILES = " ".join(f"tests/engine/test_{name}.py" for name in ON_A_CARD)
-SVI = "bench jobs --modes svi_endframe --layout svi_latent --repeats 5"
+SVI = "bench jobs --modes svi_endframe --repeats 5 --layout svi_latent"
 CHILDREN = (
-    Child("svi", 1000, f"{SVI} --arms plain ours --precision fp8 --json {{result}}"),
+    Child("svi", 1000, f"{SVI} flf --arms plain ours --precision fp8 --json {{result}}"),
     Child("cold", 600, "bench.cold --repeats 1 --json {result}"),
     Child("exact", 420, f"{SVI} --arms ours --precision bf16 --json {{result}}"),
     Child("sdxl", 240, "bench jobs --modes image --arms plain ours --precision bf16 --trace --json {result}"),

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -65,16 +64,6 @@ class Artefacts:
             log.warning("compiled kernels could not be kept (%s)", type(error).__name__)
             return False
         return True
-
-
-def keep_kernels(folder: Path) -> None:
-    """Let kernels that belong to no graph stay in `folder` too: Triton's and flash-attn-4's, named by their sources.
-
-    To be called before either library is imported: that is when they read where.
-    """
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
-    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / "flash4")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The only reader of the environment. `Settings.from_env` turns it into one frozen value, or refuses to start."""
+"""The only module that touches the environment. `Settings.from_env` makes one frozen value of it, or refuses."""
 
 import difflib
 import os
@@ -218,6 +218,16 @@ class Settings:
             raise SettingsError("BUCKET_URL_EXPIRY_S is over 604800: a SigV4 URL lives at most 7 days")
         if self.precision not in (None, "bf16", "fp8", "int8"):
             raise SettingsError(f"WORKER_PRECISION is {self.precision!r}, not bf16, fp8 or int8")
+
+
+def keep_kernels(folder: Path) -> None:
+    """Let Triton and flash-attn-4 keep in `folder` what they compile, for the next process.
+
+    Both listen to the environment alone, and when they are imported: call it before.
+    """
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / "flash4")
 
 
 def _cast(variable: str, text: str, metadata: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine import attention, block8
-from engine.artefacts import Artefacts, keep_kernels
+from engine.artefacts import Artefacts
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
 from engine.card import Levers
@@ -22,6 +22,7 @@ from engine.compiling import Account, CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8 import Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_tested
+from engine.settings import keep_kernels
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ def test_programs_measure_what_is_asked_for() -> None:
         for args in [bench._arguments().parse_args(child.command(Path())[3:])]
     }
     assert rows == {
-        "svi": [("plain", "svi_endframe", "bf16", None), ("ours", "svi_endframe", "fp8", "svi_latent")],
+        "svi": [
+            ("plain", "svi_endframe", "bf16", None),
+            ("ours", "svi_endframe", "fp8", "svi_latent"), ("ours", "svi_endframe", "fp8", "flf"),
+        ],
         "exact": [("ours", "svi_endframe", "bf16", "svi_latent")],
         "sdxl": [("plain", "image", "bf16", None), ("ours", "image", "bf16", None)],
         "lightning": [("ours", "lightning", "fp8", None)],
@@ -179,6 +182,7 @@ def test_programs_run_through_with_the_twins_and_their_figures_are_read(
     assert not [seen for seen in told.values() if seen.startswith("not readable")]
     assert [words.removeprefix("| ") for words, seen in told.items() if seen != "no result"] == [
         "svi_endframe: 4.7 times as fast as plain, goal 5", "svi_endframe: 13.8 s, goal 13",
+        "the same frames by plain's arithmetic (flf), as fast", "the same: 13.8 s",
         "peak reserved: 44.0 GiB", "all resident: no weight moves in a warm job",
         "first job, warm compile cache: 1.35 of a warm one", "first job, cold compile cache: 1.35 of a warm one + 5 s",
         "weights read: 80 % of dd", "SDXL: 1.8 times as fast as worker-sdxl's way",

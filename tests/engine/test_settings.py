@@ -1,10 +1,11 @@
 """The environment: every variable read, every bad, unknown or half-given one refused."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from engine.settings import ROOT, Secret, Settings
+from engine.settings import ROOT, Secret, Settings, keep_kernels
 from schemas.errors import SettingsError
 
 S3 = {
@@ -89,3 +90,12 @@ def test_bad_secret_is_not_echoed_in_another_variables_error() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_env({**S3, "BUCKET_URL_EXPIRY_S": "soon"})
     assert "very-secret" not in caught.value.sentence
+
+
+def test_kernels_are_kept_where_their_libraries_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"):
+        monkeypatch.setenv(name, "elsewhere")
+    keep_kernels(tmp_path)
+    assert os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/triton"
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == f"{tmp_path}/flash4"

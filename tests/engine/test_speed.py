@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine import speed
 from engine.attention import WanProcessor
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
@@ -68,3 +69,11 @@ def test_order_of_the_levers_ends_in_experts_that_still_run():
         for name in ("high", "low", "high"):
             with experts.use(name) as model:
                 assert torch.equal(model(**wan_inputs()).sample, expected[name])
+
+
+def test_kernels_are_kept_beside_the_graphs_only_where_a_folder_is_set(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(speed, "keep_kernels", kept.append)
+    for folder in (None, tmp_path):
+        accelerate([make_wan(0)], "cpu", Levers(None, True, folder))
+    assert kept == [tmp_path]
