@@ -145,7 +145,7 @@ class Settings:
         "Attention kernel. Unset: the fastest that passes its self-test on this card.",
     )
     cache_dir: Path | None = _setting(
-        "WORKER_CACHE_DIR", _path, "a folder", None, "Where compiled kernels are kept between workers."
+        "WORKER_CACHE_DIR", _path, "a folder", None, "Where compiled graphs and kernels are kept between workers."
     )
     bucket_endpoint_url: str | None = _setting(
         "BUCKET_ENDPOINT_URL", str, "a URL", None, "S3 endpoint, with or without the bucket in it."
@@ -221,10 +221,17 @@ class Settings:
 
 
 def keep_kernels(folder: Path) -> None:
-    """Let Triton and flash-attn-4 keep in `folder` what they compile, for the next process.
+    """Let Triton and flash-attn-4 keep in `folder` what they compile, for the next process, if it can be written.
 
-    Both listen to the environment alone, and when they are imported: call it before.
+    Both listen to the environment alone, and when they are imported: call it before. Neither compiles anything where
+    it cannot write.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / "flash4")

@@ -99,3 +99,14 @@ def test_kernels_are_kept_where_their_libraries_look(tmp_path: Path, monkeypatch
     assert os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/triton"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == f"{tmp_path}/flash4"
+
+
+def test_kernels_are_left_where_they_are_if_the_folder_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    (tmp_path / "file").touch()
+    keep_kernels(tmp_path / "file" / "cache")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only file system, which only a mount could make
+    keep_kernels(tmp_path)
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
