@@ -57,7 +57,7 @@ class Visit:
     card_mib: float
     """Held by tensors after the job."""
     sha256: str
-    """Of the pixels before they are encoded: x264 need not make the same bytes of them twice."""
+    """Of the pixels before they are encoded."""
 
 
 class Models(ModelHandler):

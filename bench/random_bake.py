@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.kept import keep
-from bench.random_parts import DEVIATION, deviation
+from bench.random_parts import DEVIATION, FILM_DEVIATION, deviation
 from engine.convert import execution_order, stem, stored_shapes
 from engine.parts import empty_model, frame, read_config, stored_dtype
 from engine.profile import Component, Profile
@@ -30,7 +30,7 @@ def write_bake(profile: Profile, root: Path, twins: Path, *, is_small: bool = Fa
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     manifest = root / profile.folder / MANIFEST
-    if not manifest.is_file():
+    if not manifest.is_file() or json.loads(manifest.read_bytes()).get("film_deviation") != FILM_DEVIATION:
         for component in profile.components:
             _write_component(component, root / component.folder, twins, device, is_small)
         keep(manifest, _manifest(profile, root, is_small))
@@ -92,6 +92,7 @@ def _manifest(profile: Profile, root: Path, is_twin: bool) -> dict[str, Any]:
         "format": FORMAT,
         "profile": profile.name,
         "twin": is_twin,
+        "film_deviation": FILM_DEVIATION,  # a kept bake of another one is written anew
         "components": {part.name: {"recipe": recipe(part, profile)} for part in profile.components},
         "files": [
             {"path": path.relative_to(root).as_posix(), "size_bytes": path.stat().st_size, "sha256": ""}

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,10 +110,13 @@ def _blaming(field: str) -> Iterator[None]:
 
 def _decoded(pictures: dict[str, Any], check: Callable[[], None]) -> Iterator[tuple[str, Any]]:
     """Fields with their pictures. A child takes a tenth of a second to start, so two work at a time."""
+    check()
     with ExitStack() as stack:
         threads = ThreadPoolExecutor(CHILDREN, thread_name_prefix="pictures")
         stack.callback(threads.shutdown, cancel_futures=True)
-        coming = {field: threads.submit(_each, data, decode_picture) for field, data in pictures.items()}
+        coming = {  # each in a context of its own, from which the log takes the job's name
+            field: threads.submit(copy_context().run, _each, data, decode_picture) for field, data in pictures.items()
+        }
         for field, one in coming.items():
             check()
             with _blaming(field):

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from engine import host_memory
 
@@ -25,8 +26,18 @@ class ReadAhead:
     """Reads `files` in their order in a thread of its own, up to `max_bytes`. A file that cannot be read is left out.
 
     None: half of the memory that is free. More would push other pages out, of this very file in the end.
-    The first step is taken before the constructor returns; the rest ends by itself, or with `stop`.
+    The first step, if any, is taken before the constructor returns; the rest ends by itself, or with `stop`.
     """
+
+    _last: "ClassVar[ReadAhead | None]" = None
+
+    @classmethod
+    def instead(cls, files: Sequence[Path] | None) -> "ReadAhead | None":
+        """Stop the one before, which a job that ended early has left at work, and begin; None: begin none."""
+        if cls._last is not None:
+            cls._last.stop()
+        cls._last = None if files is None else cls(files)
+        return cls._last
 
     def __init__(self, files: Sequence[Path], max_bytes: int | None = None) -> None:
         self.bytes_read = 0

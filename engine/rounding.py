@@ -31,7 +31,7 @@ TEST_WIDTH, TEST_FEED_WIDTH, TEST_HEAD = 5120, 13824, 128
 def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
     """x itself, rounded."""
     if x.device.type == "cpu":
-        return round_rows(x, FP8)
+        return round_rows(x.contiguous(), FP8)
     from engine.rounding_triton import plain_round as on_card
 
     return on_card(x.contiguous())
@@ -41,7 +41,7 @@ def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
 def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(x), tanh form, rounded."""
     if x.device.type == "cpu":
-        return round_rows(functional.gelu(x.float(), approximate="tanh"), FP8)
+        return round_rows(functional.gelu(x.contiguous().float(), approximate="tanh"), FP8)
     from engine.rounding_triton import gelu_round as on_card
 
     return on_card(x.contiguous())

@@ -223,8 +223,8 @@ class Settings:
 def keep_kernels(folder: Path) -> None:
     """Let Triton and flash-attn-4 keep in `folder` what they compile, for the next process, if it can be written.
 
-    Both listen to the environment alone, and when they are imported: call it before. Neither compiles anything where
-    it cannot write.
+    Both listen to the environment alone, the latter when it is imported: call it before. Neither compiles anything
+    where it cannot write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

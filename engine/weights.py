@@ -78,7 +78,7 @@ class Baked:
         names = order_of_need(list(self.folders))
         files = [path for name in names for path in sorted(self.folders[name].glob("*.safetensors"))]
         is_first = "diffusers" not in sys.modules and self.place.layout == "baked"
-        ahead = ReadAhead(files) if is_first else None
+        ahead = ReadAhead.instead(files if is_first else None)
         from engine.parts import FolderParts
 
         kept = f"{self.profile.folder}/{LORAS}"

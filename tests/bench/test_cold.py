@@ -69,6 +69,15 @@ def test_random_bake_is_written_once(weights: Path, twins: Path) -> None:
     assert [path.parent.name for path in files] == ["umt5_xxl-fp8", "wan_vae", "transformer", "transformer_2"]
 
 
+def test_random_bake_of_another_film_is_written_anew(weights: Path, twins: Path) -> None:
+    profile = SVI.baked_in("fp8")
+    manifest = weights / profile.folder / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**kept, "film_deviation": 0.02}))
+    write_bake(profile, weights, twins, is_small=True)
+    assert json.loads(manifest.read_text()) == kept
+
+
 def test_reading_alone_reads_every_byte_once(args: Namespace) -> None:
     assert cold._read(args)["bytes"] == data_bytes(args.weights)
     assert readers() == []

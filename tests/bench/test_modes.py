@@ -13,7 +13,7 @@ from engine import video
 
 
 class ChangingCrf:
-    """Makes x264 give other bytes for the same frames, as it does by itself on some machines."""
+    """Makes x264 give other bytes for the same frames."""
 
     crf = 18
 

@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from engine import inputs
+from engine import inputs, log
 from engine.pictures import decode_picture
 from engine.settings import Settings
 from schemas.errors import Cancelled, FetchFailed, InvalidMedia
@@ -54,6 +54,30 @@ def test_load_decodes_two_pictures_at_a_time(monkeypatch):
 
     monkeypatch.setattr(inputs, "decode_picture", decode)
     assert list(inputs.load(svi(), Settings(), go_on).pictures) == ["image_start", "image_end"]
+
+
+def test_load_decodes_under_the_name_of_the_job(monkeypatch):
+    """Else what the log says of a decoder belongs to nobody."""
+    seen: list[str] = []
+    monkeypatch.setattr(inputs, "decode_picture", lambda _: seen.append(log._job_id.get()))
+    with log.for_job("job-7"):
+        inputs.load(svi(), Settings(), go_on)
+    assert seen == ["job-7", "job-7"]
+
+
+def test_load_begins_no_decoding_of_a_job_that_was_stopped_while_it_read(monkeypatch):
+    looks: list[None] = []
+
+    def check() -> None:
+        looks.append(None)
+        if len(looks) == 3:  # two files are read
+            raise Cancelled("the job was cancelled")
+
+    begun: list[bytes] = []
+    monkeypatch.setattr(inputs, "decode_picture", begun.append)
+    with pytest.raises(Cancelled):
+        inputs.load(svi(), Settings(), check)
+    assert begun == []
 
 
 def test_load_leaves_no_decoding_behind_when_a_picture_is_wrong():

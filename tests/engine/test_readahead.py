@@ -1,12 +1,16 @@
 """Files are on their way before anybody asks for their bytes, in the order of need, and within bounds."""
 
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from engine import readahead
+from engine.profiles import PROFILES
 from engine.readahead import ReadAhead, order_of_need
+from engine.settings import Settings
+from engine.weights import locate
 
 STEP = 1000
 
@@ -59,6 +63,21 @@ def test_stop_ends_it_between_two_steps(files: list[Path], monkeypatch: pytest.M
     begun(ahead._thread)
     ahead.stop()
     assert ahead.bytes_read == STEP
+
+
+def test_request_takes_the_place_of_the_reader_that_a_refused_one_left(
+    twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    monkeypatch.setattr(ReadAhead, "_steps", lambda self, *_: iter(lambda: self._stopped.wait(0.01), True))
+    baked = locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=twins))
+    one, other = (baked.parts().ahead for _ in range(2))
+    assert one is not None
+    assert other is not None
+    reading = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    other.stop()
+    one.stop()
+    assert reading == [other._thread]
 
 
 def test_order_is_vae_encoders_and_then_the_transformers() -> None:

@@ -130,3 +130,8 @@ def test_problem_says_that_a_kernel_fails(monkeypatch):
 @pytest.mark.gpu
 def test_kernels_agree_with_float32_on_a_card():
     assert rounding.problem.__wrapped__("cuda") is None
+
+
+@pytest.mark.parametrize("operator", [rounding.plain_round, rounding.gelu_round])
+def test_operator_tells_the_compiler_what_it_gives_also_of_columns(operator):
+    torch.library.opcheck(operator, (torch.randn(48, 6).bfloat16().t(),), test_utils="test_faketensor")
