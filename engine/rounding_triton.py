@@ -3,6 +3,8 @@
 Imported on a card, and by tests/kernels, which runs them in Triton's interpreter.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,11 +103,17 @@ def _norm_rotate_kernel(x_at: tl.tensor, weight_at: tl.tensor, cos_at: tl.tensor
 
 
 def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _rounded(_plain_round_kernel, x)
+
+
+def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _rounded(_gelu_round_kernel, x)
+
+
+def _rounded(kernel: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     values, scales = _room(x)
     rows, width = x.shape
-    _plain_round_kernel[(rows,)](
-        x, values, scales, width, _block(width), SMALLEST_AMAX, FP8.limit, num_warps=_warps(width)
-    )
+    kernel[(rows,)](x, values, scales, width, _block(width), SMALLEST_AMAX, FP8.limit, num_warps=_warps(width))
     return values, scales
 
 
@@ -116,15 +124,6 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float)
         x, weight, cos, sin, out, width, _block(width), cos.shape[1], eps, num_warps=_warps(width)
     )
     return out
-
-
-def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scales = _room(x)
-    rows, width = x.shape
-    _gelu_round_kernel[(rows,)](
-        x, values, scales, width, _block(width), SMALLEST_AMAX, FP8.limit, num_warps=_warps(width)
-    )
-    return values, scales
 
 
 def norm_round(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -224,7 +224,7 @@ class _Mp4:
 def _repeatable() -> dict[str, str]:
     """Options with which x264 makes the same bytes of the same frames.
 
-    Its AVX-512 code, in the look-ahead's macroblock tree, is not: of 300 encodes of 96x64, 5 to 42 differed, from one
+    Its AVX-512 code, in the look-ahead's macroblock tree, does not: of 300 encodes of 96x64, 5 to 42 differed, from one
     thread as from many; with AVX2, which every such processor has, or without the tree, none. AVX2 is as fast here.
     """
     try:

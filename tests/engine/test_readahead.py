@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import readahead
+from engine import host_memory, readahead
 from engine.profiles import PROFILES
 from engine.readahead import ReadAhead, order_of_need
 from engine.settings import Settings
@@ -45,6 +45,11 @@ def test_every_file_is_read(files: list[Path]) -> None:
 
 def test_no_more_is_read_than_allowed(files: list[Path]) -> None:
     assert finish(ReadAhead(files, max_bytes=3000)) == 3500  # the step that passes the bound is the last
+
+
+def test_no_more_is_read_than_half_of_the_free_memory(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 6000)
+    assert finish(ReadAhead(files)) == 3500
 
 
 def test_file_that_cannot_be_read_is_left_out(files: list[Path], tmp_path: Path) -> None:
