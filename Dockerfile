@@ -47,6 +47,8 @@ RUN --mount=type=secret,id=HF_TOKEN,env=HF_TOKEN \
 FROM base AS worker
 COPY --from=weights /worker/weights weights
 COPY . .
+# As pip did for the packages: without it Python translates the worker's own files anew at every start.
+RUN python -m compileall -q apps engine schemas *.py
 
 # What this image holds, by name, version and hash: packages, Debian's, weights.
 RUN python builder/write_sbom.py --output sbom.cdx.json

@@ -7,9 +7,11 @@ python handler.py --plan                  print what would run on this card and 
 python handler.py --warm-up               compile for the usual sizes into WORKER_CACHE_DIR; reads no weights
 """
 
+import logging
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,8 @@ from model_handler import ModelHandler
 from schemas.errors import SettingsError
 from schemas.input_schema import parse_request
 from schemas.output_schema import success
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,24 @@ def run(
     return store.record(job_id, fingerprint, response, delivered)
 
 
+def warm_up(payload: dict[str, Any], worker: Worker) -> None:
+    """Run a request before the first caller's, which then waits for no import, load or compiler. Nothing of it is kept.
+
+    Raises:
+        WorkerError: as `run`; this worker cannot do such jobs.
+    """
+    started = time.monotonic()
+    with work_folder() as folder:
+        here = replace(worker.settings, output_dir=folder, bucket_endpoint_url=None, in_cloud=False)
+        run(payload, job_id="warm-up", worker=replace(worker, settings=here), progress=Progress())
+    log.info("warmed up for %s in %.1f s", payload["mode"], time.monotonic() - started)
+
+
 def main() -> int:
     """Read the settings, then hand `run` to RunPod's loop, its local API or a single test job."""
     from apps import runpod_worker
     from apps.operator_commands import COMMANDS, check_plan
+    from apps.warm_up_request import warm_up_request
 
     try:
         settings = Settings.from_env()
@@ -85,6 +103,7 @@ def main() -> int:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
 
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
+    checks += [partial(warm_up, warm_up_request(mode), worker) for mode in settings.warm_up]
     beside = [partial(sweep_outbox, settings)]
     return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside)
 

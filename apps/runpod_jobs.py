@@ -52,6 +52,14 @@ class Jobs:
         self._card = ThreadPoolExecutor(max_workers=1, thread_name_prefix="card")
         self._first_answers = FirstAnswers(max_age_s=settings.bucket_url_expiry_s / 2)  # its URLs live as long again
 
+    def in_card_thread(self, work: Callable[[], object]) -> None:
+        """Run `work` where jobs will run, and wait for it: what a library keeps for a thread is then there for them.
+
+        Raises:
+            Exception: what `work` raises.
+        """
+        self._card.submit(work).result()
+
     async def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one RunPod job; errors are responses too.
 

@@ -39,18 +39,18 @@ def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) 
 
     install(jobs, limits)
     for check in checks:
-        runpod.serverless.register_fitness_check(named(check))
+        runpod.serverless.register_fitness_check(fitness_check(check, jobs))
     runpod.serverless.start({"handler": jobs.answer})
 
 
-def named(check: Callable[[], None]) -> Callable[[], None]:
-    """Return the check with the `__name__` that the SDK logs and reports, and that a `partial` lacks."""
+def fitness_check(check: Callable[[], None], jobs: Jobs) -> Callable[[], None]:
+    """Return the check as the SDK takes it: in the card's thread, and with the `__name__` that a `partial` lacks."""
 
-    def fitness_check() -> None:
-        check()
+    def run() -> None:
+        jobs.in_card_thread(check)
 
-    fitness_check.__name__ = getattr(getattr(check, "func", check), "__name__", "check")
-    return fitness_check
+    run.__name__ = getattr(getattr(check, "func", check), "__name__", "check")
+    return run
 
 
 def install(jobs: Jobs, limits: Limits) -> None:

@@ -4,9 +4,10 @@
     python -m bench.cold --small --repeats 1   the twin's sizes, no card needed: fields and counts, no seconds
 
 Before each reading the files are dropped from the page cache. A fresh process runs a job and --repeats warm ones
-through handler.run, first with an empty folder of compiled graphs, then with the one it left. Then `dd` reads the files
-one after the other, and a process of its own reads them to where they work, and nothing else. Each figure is said and
-kept when it is there. The weights stay for next time.
+through handler.run, first with an empty folder of compiled graphs, then with the one it left, then with it and warmed
+up as WORKER_WARM_UP asks before its first job is timed. Then `dd` reads the files one after the other, and a process
+of its own reads them to where they work, and nothing else. Each figure is said and kept when it is there. The weights
+stay for next time. Packages should have their bytecode, as pip leaves it in an image: modules without it are counted.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def _measure_all(args: argparse.Namespace, scratch: Path) -> int:
     figures: dict[str, Callable[[], Any]] = {
         "cold_cache": lambda: _child(args, "jobs", scratch),
         "warm_cache": lambda: _child(args, "jobs", scratch),
+        "warmed_up": lambda: _child(args, "jobs", scratch, "--warm-up"),
         "dd_s": lambda: dd(files),
         "read": lambda: _child(args, "read", scratch),
     }
@@ -92,14 +94,19 @@ def table(result: dict[str, Any]) -> str:
         f"dd                      {rate:.2f} GB/s",
         f"ours, to where it works {mine:.2f} GB/s, {100 * mine / rate:.0f} % of dd; bus busy {read['card_s']:.2f} s",
     ]
-    for kept in ("cold", "warm"):
-        one = result[f"{kept}_cache"]
+    starts = {
+        "cold_cache": "cold compile cache",
+        "warm_cache": "warm compile cache",
+        "warmed_up": "the same, warmed up before it came",
+    }
+    for figure, start in starts.items():
+        one = result[figure]
         warm_s = statistics.median(one["warm_s"])
         parts = ", ".join(f"{name} {spent:.2f}" for name, spent in one["timings_s"].items())
         lines += [
-            f"first job, {kept} compile cache: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
+            f"first job, {start}: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
             f"({warm_s:.2f} s); {one['since_start_s']:.2f} s after the process was started",
-            f"  of it {parts}",
+            f"  of it {parts}; {one['without_bytecode']} of {one['modules']} modules had no bytecode",
         ]
     return "\n".join(lines)
 
@@ -117,17 +124,18 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--twins", type=Path, default=ROOT / "weights" / "tiny")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "cold" / "cold.json")
     parser.add_argument("--child", choices=["bake", "read", "jobs"], help=argparse.SUPPRESS)
+    parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     return parser
 
 
-def _child(args: argparse.Namespace, what: str, scratch: Path) -> dict[str, Any]:
+def _child(args: argparse.Namespace, what: str, scratch: Path, *more: str) -> dict[str, Any]:
     """A fresh process; its last line is the answer. It finds no kernel that another one has compiled, as a new
     container would, but in --cache-dir."""
     command = [
         sys.executable, "-m", "bench.cold", "--child", what, "--weights", args.weights, "--twins", args.twins,
         "--precision", args.precision, "--cap-gib", str(args.cap_gib), "--repeats", str(args.repeats),
-        "--cache-dir", args.cache_dir, "--started", str(time.monotonic()), *(["--small"] if args.small else []),
+        "--cache-dir", args.cache_dir, "--started", str(time.monotonic()), *(["--small"] if args.small else []), *more,
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -187,27 +195,39 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
 
 def _jobs(args: argparse.Namespace) -> dict[str, Any]:
     """The first job of this process and some more. Nothing heavy is imported before the first."""
-    from handler import Worker, run
+    from handler import Worker, run, warm_up
     from model_handler import ModelHandler
 
     job = _job()
+    changes = job.small if args.small else {}
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(args, Path(folder))
         worker = Worker(settings, ModelHandler(settings))
+        if args.warm_up:
+            from apps.warm_up_request import warm_up_request
+
+            warm_up({**warm_up_request(MODE), **changes}, worker)
         spent, timings = [], []
         for number in range(1 + args.repeats):
-            payload = job.whole(number, job.small if args.small else {})
+            payload = job.whole(number, changes)
             started = time.monotonic()
             response = run(payload, job_id=f"cold-{number}", worker=worker, progress=_progress())
             spent.append(time.monotonic() - started)
             timings.append(response["timings_s"])
             if number == 0:
-                since_start_s = time.monotonic() - args.started
+                since_start_s, modules = time.monotonic() - args.started, _from_files()
         worker.models.unload_all()
     return {
         "first_s": spent[0], "warm_s": spent[1:], "since_start_s": since_start_s, "timings_s": timings[0],
         "warm_timings_s": timings[-1], "loads": worker.models.loads,
+        "modules": len(modules), "without_bytecode": sum(not Path(cached).exists() for cached in modules),
     }  # fmt: skip
+
+
+def _from_files() -> list[str]:
+    """Where the bytecode of each imported module is, or would be."""
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    return [spec.cached for spec in specs if spec is not None and spec.has_location and spec.cached is not None]
 
 
 def _progress() -> Any:

@@ -14,6 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 """The worker's folder. Relative paths in the environment start here, so that no command depends on where it is run."""
 
 
+MODES = ("image", "video", "svi_endframe")
+"""Those of schemas.input_schema, which the bake, that reads settings too, does without."""
+
+
 class Secret(str):
     """A string that no `repr` shows, so no dump of the settings; written out on purpose, it is itself."""
 
@@ -28,6 +32,13 @@ def _path(text: str) -> Path:
 def _hosts(text: str) -> tuple[str, ...]:
     names = tuple(name for name in (part.strip() for part in text.split(",")) if name)
     parse_allowed(names)
+    return names
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(names) <= set(MODES):
+        raise ValueError("not a mode")
     return names
 
 
@@ -126,6 +137,14 @@ class Settings:
         "a number of bytes",
         9_500_000,
         "Largest response. RunPod drops results over 10 MB (/run) or 20 MB (/runsync).",
+    )
+    warm_up: tuple[str, ...] = _setting(
+        "WORKER_WARM_UP",
+        _modes,
+        f"modes ({', '.join(MODES)}), separated by commas",
+        (),
+        "On RunPod, run a short job of each before the first one is taken: that one then waits for no import, load or "
+        "compiler, and a worker that cannot do it ends as unhealthy. Raise RUNPOD_INIT_TIMEOUT if it takes minutes.",
     )
     compile: bool = _setting(
         "WORKER_COMPILE", _switch, "1 or 0", True, "Compile transformer blocks, replay SDXL's forwards, on a card."

@@ -54,6 +54,31 @@ def test_every_mode_comes_out_of_runpods_own_loop(twins: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(600)
+def test_worker_that_warmed_up_loads_nothing_for_its_first_job(twins: Path, tmp_path: Path) -> None:
+    variables = {**environment(twins), "WORKER_WARM_UP": "svi_endframe"}
+    with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, variables) as worker:
+        server.queue("first", SVI)
+        timings_s = server.result("first", FIRST_JOB_S)["output"]["timings_s"]
+        assert "load_read" not in timings_s
+        log = worker.log()
+        assert log.index("warmed up for svi_endframe in ") < log.index("ended after")
+        assert list(server.of("progress", "warm-up")) == []
+
+
+@pytest.mark.timeout(600)
+def test_worker_that_cannot_warm_up_ends_before_it_takes_a_job(twins: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "sdxl").symlink_to(twins / "sdxl")
+    variables = {**environment(weights), "WORKER_WARM_UP": "video"}
+    with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, variables) as worker:
+        server.queue("first", IMAGE)
+        assert worker.wait(FIRST_JOB_S) == 1
+        assert server.of("result") == []
+        assert "the weights of wan21_i2v_480p are not there" in worker.log()
+
+
+@pytest.mark.timeout(600)
 def test_cancelled_video_stops_long_before_its_end_and_the_next_job_runs(twins: Path, tmp_path: Path) -> None:
     with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, environment(twins)):
         server.queue("warm", VIDEO)

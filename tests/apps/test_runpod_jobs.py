@@ -62,6 +62,27 @@ def test_a_cancelled_job_is_off_the_card_before_its_task_ends() -> None:
     asyncio.run(asyncio.wait_for(cancel(), 60.0))
 
 
+def test_work_before_the_first_job_runs_where_jobs_do() -> None:
+    def note(*_: object) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return {}
+
+    threads: list[int] = []
+    jobs = Jobs(note, SETTINGS)
+    jobs.in_card_thread(note)
+    asyncio.run(jobs.answer(job()))
+    assert len(threads) == 2
+    assert len(set(threads)) == 1
+
+
+def test_work_before_the_first_job_raises_what_it_raised() -> None:
+    def fail() -> None:
+        raise GpuFault("no card")
+
+    with pytest.raises(GpuFault, match="no card"):
+        Jobs(Card(), SETTINGS).in_card_thread(fail)
+
+
 def test_jobs_that_come_together_run_one_after_the_other() -> None:
     async def both() -> list[dict[str, Any]]:
         return await asyncio.gather(jobs.answer(job("a", steps=3)), jobs.answer(job("b", steps=3)))

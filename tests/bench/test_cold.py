@@ -1,8 +1,10 @@
 """The cold-start bench at a twin's size: the files are a bake's, and the fields are there."""
 
+import importlib
 import json
 import os
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def weights(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def args(weights: Path, twins: Path, tmp_path: Path) -> Namespace:
     return Namespace(
         weights=weights, twins=twins, precision="fp8", cap_gib=44.5, cache_dir=tmp_path / "graphs", repeats=1,
-        small=True, started=0.0, json=tmp_path / "cold.json",
+        small=True, warm_up=False, started=0.0, json=tmp_path / "cold.json",
     )  # fmt: skip
 
 
@@ -92,6 +94,22 @@ def test_jobs_load_once_and_tell_their_parts(args: Namespace) -> None:
     assert json.loads(json.dumps(told)) == told
 
 
+def test_warmed_up_worker_has_loaded_before_its_first_job(args: Namespace) -> None:
+    args.warm_up = True
+    told = cold._jobs(args)
+    assert told["loads"] == 1
+    assert "load_read" not in told["timings_s"]
+
+
+def test_modules_without_bytecode_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "written_today.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    importlib.import_module("written_today")
+    missing = [cached for cached in cold._from_files() if not Path(cached).exists()]
+    assert [Path(cached).parent.parent for cached in missing].count(tmp_path) == 1
+
+
 def test_drop_leaves_nothing_of_a_file_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(1000))
@@ -112,11 +130,12 @@ def test_dd_reads_the_files_and_fails_with_them(tmp_path: Path) -> None:
 
 def test_table_sets_the_figures_against_each_other() -> None:
     job: dict[str, Any] = {
-        "first_s": 15.0, "warm_s": [9.0, 10.0, 14.0], "since_start_s": 16.0, "timings_s": {"load": 5.0},
+        "first_s": 15.0, "warm_s": [9.0, 10.0, 14.0], "since_start_s": 16.0, "timings_s": {"load": 5.0}, "modules": 9,
+        "without_bytecode": 2,
     }  # fmt: skip
     result = {
         "bytes": 36_000_000_000, "dd_s": 12.0, "read": {"bytes": 36_000_000_000, "read_s": 15.0, "card_s": 0.7},
-        "cold_cache": job, "warm_cache": {**job, "first_s": 12.0},
+        "cold_cache": job, "warm_cache": {**job, "first_s": 12.0}, "warmed_up": {**job, "first_s": 10.0},
     }  # fmt: skip
     assert cold.table(result).splitlines() == [
         "weights                 36.00 GB",
@@ -124,10 +143,13 @@ def test_table_sets_the_figures_against_each_other() -> None:
         "ours, to where it works 2.40 GB/s, 80 % of dd; bus busy 0.70 s",
         "first job, cold compile cache: 15.00 s, 1.50 times a warm one (10.00 s); "
         "16.00 s after the process was started",
-        "  of it load 5.00",
+        "  of it load 5.00; 2 of 9 modules had no bytecode",
         "first job, warm compile cache: 12.00 s, 1.20 times a warm one (10.00 s); "
         "16.00 s after the process was started",
-        "  of it load 5.00",
+        "  of it load 5.00; 2 of 9 modules had no bytecode",
+        "first job, the same, warmed up before it came: 10.00 s, 1.00 times a warm one (10.00 s); "
+        "16.00 s after the process was started",
+        "  of it load 5.00; 2 of 9 modules had no bytecode",
     ]
 
 
@@ -153,9 +175,9 @@ def test_figure_that_cannot_be_had_leaves_the_others(
     args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x").write_bytes(bytes(1000))
-    jobs = iter([subprocess.CalledProcessError(1, "jobs"), {"first_s": 1.0}])
+    jobs = iter([subprocess.CalledProcessError(1, "jobs"), {"first_s": 1.0}, {"first_s": 0.5}])
 
-    def child(_: Namespace, what: str, scratch: Path) -> dict[str, Any]:
+    def child(_: Namespace, what: str, scratch: Path, *more: str) -> dict[str, Any]:
         answer: Any = {"bake": {"files": [str(tmp_path / "x")]}, "read": {"bytes": 1000}}.get(what) or next(jobs)
         if isinstance(answer, Exception):
             raise answer
@@ -164,5 +186,8 @@ def test_figure_that_cannot_be_had_leaves_the_others(
     monkeypatch.setattr(cold, "_child", child)
     assert cold._measure_all(args, tmp_path) == 1
     kept = json.loads(args.json.read_text())
-    assert (list(kept), kept["warm_cache"]) == (["bytes", "warm_cache", "dd_s", "read"], {"first_s": 1.0})
+    assert (list(kept), kept["warm_cache"]) == (
+        ["bytes", "warm_cache", "warmed_up", "dd_s", "read"],
+        {"first_s": 1.0},
+    )
     assert "cold_cache: Command 'jobs' returned" in capsys.readouterr().err

@@ -21,6 +21,10 @@ ALL = [
         "first job, cold compile cache: 1.35 of a warm one + 5 s",
         "1.50: 24.00 s, a warm one 16.00 s; 34.00 s since the start",
     ),
+    (
+        "first job, warmed up before it: 1.35 of a warm one",
+        "1.06: 17.00 s, a warm one 16.00 s; 80.00 s since the start",
+    ),
     ("weights read: 80 % of dd", "90 %: 2.70 of 3.00 GB/s"),
     ("exact track: 3 times as fast as plain", "3.25: 65.00 s to 20.00 s, n = 5"),
     ("exact track, peak reserved: 44.0 GiB", "43.0 GiB"),
@@ -60,7 +64,11 @@ def found() -> dict[str, Any]:
     svi = {**row("ours", 13.0), "trace": traced, "whole": [whole]}
     return {
         "svi": [{"ceilings": ceilings}, row("plain", 65.0), svi, row("ours", 12.5, layout="flf")],
-        "cold": {**cold, "cold_cache": {**first, "first_s": 24.0, "since_start_s": 34.0}},
+        "cold": {
+            **cold,
+            "cold_cache": {**first, "first_s": 24.0, "since_start_s": 34.0},
+            "warmed_up": {**first, "first_s": 17.0, "since_start_s": 80.0},
+        },
         "exact": [{**row("ours", 20.0), "trace": [{**traced[0], "bytes_to_device": 68_600_000_000}]}],
         "swap": [{"blocks": 10, "swap": [{"name": "rolling swap", "ratio": 1.001, "equal": True, "moved_gb": 15.1}]}],
         "sdxl": [row("plain", 7.5, "image"), row("ours", 2.5, "image")],
@@ -104,6 +112,7 @@ def put(found: Any, path: str, value: object) -> None:
         ("svi/2/trace/0/busy_s", 12.0, ["neither card"]),
         ("cold/warm_cache/first_s", 21.7, ["first job, warm"]),
         ("cold/cold_cache/first_s", 26.7, ["first job, cold"]),
+        ("cold/warmed_up/first_s", 21.7, ["first job, warmed"]),
         ("cold/read/read_s", 11.3, ["weights read"]),
         ("exact/0/samples/0/memory/peak_reserved_gib", 44.1, ["exact track, peak"]),
         ("exact/0/trace/0/bytes_to_device", 90_000_000_000, ["exact track: two"]),
@@ -132,7 +141,7 @@ def test_program_that_was_cut_or_never_ran_has_no_result(found: dict[str, Any]) 
     assert {line[1:] for line in lines({})} == {("no result", "–")}
     cut = {**found, "cold": {"bytes": 1}, "svi": [{**found["svi"][1], "samples": []}]}
     assert [words for words, seen, _ in lines(cut) if seen == "no result"] == [
-        words for words, _ in ALL[:12] if not words.startswith("exact track, peak")
+        words for words, _ in ALL[:13] if not words.startswith("exact track, peak")
     ]
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.settings import ROOT, Secret, Settings, keep_kernels
+from engine.settings import MODES, ROOT, Secret, Settings, keep_kernels
 from schemas.errors import SettingsError
+from schemas.input_schema import INPUT_SCHEMA
 
 S3 = {
     "BUCKET_ENDPOINT_URL": "https://s3.example.com",
@@ -40,6 +41,17 @@ def test_bound_of_work_has_a_default_and_zero_is_none(value: str, most_gpx: floa
 
 
 @pytest.mark.parametrize(
+    ("value", "modes"), [("", ()), ("image", ("image",)), (" video, image,video", ("video", "image"))]
+)
+def test_modes_to_warm_up_for_are_read_in_their_order(value: str, modes: tuple[str, ...]) -> None:
+    assert Settings.from_env({"WORKER_WARM_UP": value}).warm_up == modes
+
+
+def test_modes_of_the_settings_are_those_of_requests() -> None:
+    assert tuple(INPUT_SCHEMA) == MODES
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
         ("WORKER_VRAM_GIB", "lots", "WORKER_VRAM_GIB is 'lots', not a number of GiB"),
@@ -49,6 +61,7 @@ def test_bound_of_work_has_a_default_and_zero_is_none(value: str, most_gpx: floa
         ("WORKER_FETCH_TIMEOUT_S", "0", "WORKER_FETCH_TIMEOUT_S is '0', not seconds"),
         ("WORKER_RESPONSE_LIMIT_BYTES", "1e6", "WORKER_RESPONSE_LIMIT_BYTES is '1e6', not a number of bytes"),
         ("WORKER_COMPILE", "maybe", "WORKER_COMPILE is 'maybe', not 1 or 0"),
+        ("WORKER_WARM_UP", "image,film", "WORKER_WARM_UP is 'image,film', not modes (image, video, svi_endframe)"),
         ("WORKER_PRECISION", "fp4", "WORKER_PRECISION is 'fp4', not bf16, fp8 or int8"),
         ("WORKER_VRAM_GB", "44", "WORKER_VRAM_GB is not a setting; did you mean WORKER_VRAM_GIB?"),
         ("BUCKET_NAM", "b", "BUCKET_NAM is not a setting; did you mean BUCKET_NAME?"),

@@ -1,0 +1,37 @@
+"""The request that a worker gives itself before it takes any: at its mode's usual size, and as short as it goes.
+
+Two steps are enough: each expert runs once, and all sizes are those of a default job, so what is loaded, compiled and
+tried out for it is what the next one needs.
+"""
+
+import base64
+import io
+from typing import Any
+
+PROMPT = "the tide comes in at dusk"
+STEPS = 2  # the least that a video takes: one of each expert
+HEIGHT, WIDTH = 480, 832
+
+
+def warm_up_request(mode: str) -> dict[str, Any]:
+    """The payload for `mode`, as a client would post it.
+
+    Raises:
+        KeyError: there is no such mode.
+    """
+    picture = _picture()
+    given: dict[str, dict[str, Any]] = {
+        "image": {},
+        "video": {"image_url": picture, "num_inference_steps": STEPS},
+        "svi_endframe": {"image_start": picture, "image_end": picture, "num_inference_steps": STEPS},
+    }
+    return {"mode": mode, "prompt": PROMPT, "seed": 0, **given[mode]}
+
+
+def _picture() -> str:
+    """A slope from dark to light, as a data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((WIDTH, HEIGHT)).convert("RGB").save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
