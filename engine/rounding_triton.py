@@ -57,8 +57,9 @@ def _gelu_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tens
     columns = tl.arange(0, block)
     inside = columns < width
     value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    # 0.5 v (1 + tanh(u)) = v sigmoid(2u), u = sqrt(2/pi) (v + 0.044715 v^3): torch's gelu(approximate="tanh")
-    value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    # 0.5 v (1 + tanh(u)) = v / (1 + e^-2u), u = sqrt(2/pi) (v + 0.044715 v^3): torch's gelu(approximate="tanh").
+    # Said as a power of two, which is what a card has.
+    value = value / (1.0 + tl.exp2(-value * (2.302208198144325 + 0.1029432395800235 * value * value)))
     _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
 
 
