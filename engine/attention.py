@@ -185,7 +185,7 @@ class WanProcessor:
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
-        self._attend = KERNELS[kernel].attend
+        self._attend = self._attend_text = KERNELS[kernel].attend
 
     def __call__(
         self,
@@ -212,7 +212,8 @@ class WanProcessor:
         query = self._norm(attn.norm_q, query, attn.heads, rotary_emb)
         key = self._norm(attn.norm_k, key, attn.heads, rotary_emb)
         value = value.unflatten(2, (attn.heads, -1))
-        out = self._attend(query, key, value).flatten(2, 3).type_as(query)
+        attend = self._attend if text is None else self._attend_text
+        out = attend(query, key, value).flatten(2, 3).type_as(query)
         if image is not None:
             image_key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
             image_value = attn.add_v_proj(image).unflatten(2, (attn.heads, -1))

@@ -1,8 +1,8 @@
 """A Wan block whose large 8-bit layers are handed rounded rows: norm, residual sum and GELU come with the rounding.
 
 The arithmetic is that of diffusers' WanTransformerBlock, with one rounding to bf16 less before each 8-bit one and
-between the norm of a query or key and its turning. Used for fp8 blocks on a card whose kernels passed their self-test;
-every other block stays as it is.
+between the norm of a query or key and its turning. Attention to the text counts its padding once where that kernel
+passed its self-test too. Used for fp8 blocks on a card whose kernels passed theirs; every other block stays as it is.
 """
 
 from typing import Any, cast
@@ -11,8 +11,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from engine import rounding
-from engine.attention import WanProcessor
+from engine import rounding, text_attention
+from engine.attention import Attend, WanProcessor
 from engine.linear8 import Linear8, Rounded, project
 from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
 
@@ -53,11 +53,16 @@ class Block8(WanTransformerBlock):
 
 class OnePassProcessor(WanProcessor):
     """Attention of a Block8. Activations that do not come rounded, from a block that runs as diffusers wrote it, go
-    the way of the processor that was there before."""
+    the way of the processor that was there before.
 
-    def __init__(self, before: WanProcessor) -> None:
+    `attend_text`: for the text's keys, in place of the kernel that was chosen for all others.
+    """
+
+    def __init__(self, before: WanProcessor, attend_text: Attend | None) -> None:
         super().__init__(before.kernel)
         self._before = before
+        if attend_text is not None:
+            self._attend_text = attend_text
 
     def __call__(
         self,
@@ -96,11 +101,13 @@ def install(model: nn.Module, device: str) -> tuple[str, ...]:
     problem = rounding.problem(device)
     if problem is not None:
         return (f"the one-pass rounding kernels are not used: {problem}",)
+    problem = text_attention.problem(device)
+    attend_text = text_attention.attend_text if problem is None else None
     for block in blocks:
         block.__class__ = Block8
         for attn in (block.attn1, block.attn2):
-            attn.set_processor(OnePassProcessor(attn.processor))
-    return ()
+            attn.set_processor(OnePassProcessor(attn.processor, attend_text))
+    return () if problem is None else (f"the text attention kernel is not used: {problem}",)
 
 
 def _fits(block: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from engine import attention, block8
+from engine import attention, block8, text_attention
 from engine.attention import WanProcessor
 from engine.block8 import Block8, OnePassProcessor, install
 from engine.linear8 import replace_linears
@@ -41,6 +41,7 @@ class Holder(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def a_card_that_passes(monkeypatch):
     monkeypatch.setattr(block8.rounding, "problem", lambda _device: None)
+    monkeypatch.setattr(block8.text_attention, "problem", lambda _device: None)
 
 
 @pytest.fixture
@@ -146,6 +147,58 @@ def test_install_leaves_a_model_alone_when_there_is_no_card():
     assert install(model, "cpu") == ()
     assert type(model.blocks[0]) is WanTransformerBlock
     assert {type(one) for one in processors(model)} == {WanProcessor}
+
+
+def calls(model, given):
+    """The number of keys of each attention of the first block: to the text's kernel, and to the one that was chosen."""
+    to_text, chosen = [], []
+    for one in processors(model):
+        right, text = one._attend, one._attend_text
+        one._attend = lambda q, k, v, f=right: chosen.append(k.shape[1]) or f(q, k, v)
+        if text is text_attention.attend_text:
+            one._attend_text = lambda q, k, v, f=text: to_text.append(k.shape[1]) or f(q, k, v)
+        else:
+            one._attend_text = one._attend
+    model.blocks[0](**given)
+    return to_text, chosen
+
+
+@pytest.mark.parametrize(("image_dim", "own_and_image"), [(None, [TOKENS]), (DIM, [TOKENS, 7])])
+def test_block_attends_to_the_text_alone_with_the_texts_kernel(given, image_dim, own_and_image):
+    if image_dim is None:
+        given["encoder_hidden_states"] = given["encoder_hidden_states"][:, 7:]
+    model = Holder("fp8", image_dim)
+    install(model, "cuda")
+    assert calls(model, given) == ([512], own_and_image)
+
+
+@pytest.mark.parametrize("image_dim", [None, DIM])
+@pytest.mark.parametrize("real", [1, 12, 512])
+def test_block_gives_what_it_gives_with_plain_attention_to_the_text(given, real, image_dim, monkeypatch):
+    context = given["encoder_hidden_states"] = given["encoder_hidden_states"][:, 0 if image_dim else 7 :]
+    context[:, context.shape[1] - 512 + real :] = context[:, -1:].clone()
+    with_text, plain = Holder("fp8", image_dim), Holder("fp8", image_dim)
+    install(with_text, "cuda")
+    monkeypatch.setattr(block8.text_attention, "problem", lambda _device: "a reason")
+    install(plain, "cuda")
+    ratio = snr_db(plain.blocks[0](**given), with_text.blocks[0](**given))
+    assert ratio > 30  # what differs in a last bit may be rounded to another of the 8-bit values
+
+
+def test_hooked_block_attends_to_the_text_as_the_stock_block(given):
+    model = Holder("fp8", None)
+    install(model, "cuda")
+    model.blocks[0].attn1.norm_q.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    assert calls(model, given)[0] == []
+
+
+def test_install_says_why_when_only_the_texts_kernel_fails_and_keeps_the_chosen_one(given, monkeypatch):
+    monkeypatch.setattr(block8.text_attention, "problem", lambda _device: "its result is off (relative error 0.100)")
+    model = Holder("fp8", None)
+    said = install(model, "cuda")
+    assert said == ("the text attention kernel is not used: its result is off (relative error 0.100)",)
+    assert type(model.blocks[0]) is Block8
+    assert calls(model, given) == ([], [TOKENS, 512 + 7])
 
 
 def test_install_says_why_when_the_card_fails_and_leaves_the_model_alone(monkeypatch):

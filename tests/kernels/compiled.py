@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import passes_triton, rounding_triton
+from engine import passes_triton, rounding_triton, text_attention_triton
 
 AMPERE, ADA, HOPPER = 80, 89, 90
 PIXELS = {"channels": 96, "block": 128, "tile": 16}
@@ -23,9 +23,23 @@ ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
     (rounding_triton._norm_rotate_kernel, {"width": 5120, "block": 8192, "head": 128, "eps": 1e-6}),
 ]
+TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
+    (text_attention_triton._distinct_keys_kernel, {"keys": 512, "width": 5120, "block": 8192}),
+    (
+        text_attention_triton._text_attention_kernel,
+        {
+            "keys": 512, "heads": 40, "width": 128, "block": 128, "queries": text_attention_triton.QUERIES,
+            "tile": text_attention_triton.KEYS, "scale": 0.1275, "stages": text_attention_triton.STAGES,
+        },
+    ),
+]  # fmt: skip
 NUMBERS = {"pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
 ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv"}
+TEXT_ATTENTION_TYPES = [
+    {"key_at": "*i16", "value_at": "*i16", "count_at": "*i32"},
+    {"count_at": "*i32", "tokens": "i32"},
+]
 
 
 def compile_for(card: int, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:
@@ -44,3 +58,5 @@ if __name__ == "__main__":
     for card in (ADA, HOPPER):  # the first with fp8
         for kernel, constants in ROUNDINGS:
             compile_for(card, kernel, constants, ROUNDINGS_TYPES)
+        for (kernel, constants), types in zip(TEXT_ATTENTION, TEXT_ATTENTION_TYPES, strict=True):
+            compile_for(card, kernel, constants, types)

@@ -1,0 +1,120 @@
+"""Attention to a text of which most is padding: equal keys with equal values count as one.
+
+Why. A video transformer reads 512 text tokens, and of a prompt of 12 the encoder leaves 500 zero. After the text's
+projections these are one key and one value, 500 times. In a softmax that is one key whose logit is larger by
+log(500): 13 products a query in place of 512, and what is left is reading the queries and writing the result.
+
+How. The rows at the end that are equal in key and value, bit for bit, are counted on the card, from the tensors: no
+length is handed over, the host waits for nothing, and a prompt of another length is no other graph. So the result is
+that of plain attention whatever the encoder did; where no row is repeated it is plain attention.
+
+Cost. At 34,320 queries and 40 heads of 128, a short prompt is 0.7 GB of memory traffic and 45 GFLOP in one tile of 64
+keys. A prompt of 64 tokens is two tiles; one of all 512 is eight, as many products as plain attention, by a simpler
+kernel than the chosen one: expect up to twice its time.
+"""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from engine.attention import TEXT_TOKENS
+
+MAX_RELATIVE_ERROR = 0.01  # against float32, as of the other bf16 kernels: they err by 0.003
+# Of queries: one tile, and one that is not full. Heads and their width are the 14B models' own.
+TEST_TOKENS, TEST_HEADS, TEST_HEAD = 100, 40, 128
+# Rows of key and of value that are not repeated: a short prompt, one whose padding begins a second tile, a whole one;
+# and equal keys with other values, and the other way round, which are no padding.
+TEST_TEXTS = ((12, 12), (64, 64), (TEXT_TOKENS, TEXT_TOKENS), (12, 300), (300, 12))
+
+
+@torch.library.custom_op("svi_worker::attend_text", mutates_args=())
+def attend_text(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (1, n, heads, d), key and value (1, m, heads, d) bf16 -> (1, n, heads, d).
+
+    A NaN or an infinity in any row is in the result as plain attention has it.
+
+    Raises:
+        ValueError: a batch of more than one, each of which would have a padding of its own; a type that is not bf16,
+            whose bits the card would compare two by two.
+    """
+    if query.shape[0] != 1:
+        raise ValueError(f"attention to a text takes one video at a time, not {query.shape[0]}")
+    types = {x.dtype for x in (query, key, value)}
+    if types != {torch.bfloat16}:
+        raise ValueError(f"attention to a text takes bf16, not {', '.join(sorted(map(str, types)))}")
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    if query.device.type == "cpu":
+        return _in_float32(query[0], key[0], value[0])[None]
+    from engine.text_attention_triton import attend_text as on_card
+
+    return on_card(query, key, value)
+
+
+@attend_text.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
+    return query.new_empty(query.shape)
+
+
+def _in_float32(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (n, heads, d), key and value (m, heads, d) -> (n, heads, d)."""
+    count = distinct_rows(key, value)
+    q, k, v = query.float(), key[: count + 1].float(), value[: count + 1].float()
+    logits = torch.einsum("nhd,mhd->hnm", q, k) / math.sqrt(query.shape[2])
+    logits[..., count] += math.log(len(key) - count)
+    return torch.einsum("hnm,mhd->nhd", logits.softmax(dim=-1), v).to(query.dtype).contiguous()
+
+
+def distinct_rows(key: Tensor, value: Tensor) -> int:
+    """How many rows of (m, heads, d) stand before those at the end that are all equal: 0 ... m - 1.
+
+    Rows are equal where key and value are, bit for bit: a NaN is equal to itself, and 0 is not -0.
+    """
+    bits = torch.cat([key.flatten(1), value.flatten(1)], dim=1).view(torch.uint8)
+    differs = (bits != bits[-1]).any(dim=1)
+    return int((differs * torch.arange(1, len(key) + 1)).max())
+
+
+@cache
+def problem(device: str) -> str | None:
+    """Why the card's kernels are not to be used, or None: they are compared with float32, once a process."""
+    try:
+        for repeated_from in TEST_TEXTS:
+            error = _relative_error(device, *repeated_from)
+            if error > MAX_RELATIVE_ERROR:
+                return f"its result is off (relative error {error:.3f})"
+        return "it hides a NaN" if _hides_a_nan(device) else None
+    except Exception as failure:  # noqa: BLE001 a compiler may raise anything
+        return f"it fails ({type(failure).__name__})"
+
+
+def _relative_error(device: str, keys: int, values: int) -> float:
+    """|out - reference| / |reference|, the rows of key and value repeated from there on; infinite if not finite."""
+    query, key, value = _drawn(device)
+    key[:, keys:], value[:, values:] = key[:, -1:], value[:, -1:]
+    out = attend_text(query, key, value).double()
+    q, k, v = (x.float().transpose(1, 2) for x in (query, key, value))
+    weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(TEST_HEAD), dim=-1)
+    reference = (weights @ v).transpose(1, 2).double()
+    error = (out - reference).norm() / reference.norm()
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def _hides_a_nan(device: str) -> bool:
+    """Whether one that is in one row of the padding, of one head, is not in all that this head gives."""
+    query, key, value = _drawn(device)
+    key[:, 12:], value[:, 12:] = key[:, -1:], value[:, -1:]
+    key[0, 40, 0, 3] = float("nan")
+    is_nan = attend_text(query, key, value).isnan()
+    return not bool(is_nan[:, :, 0].all()) or bool(is_nan[:, :, 1:].any())
+
+
+def _drawn(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, bf16. Twice the usual spread gives a peaked softmax, as in engine.attention."""
+    generator = torch.Generator(device).manual_seed(7)
+    query, key, value = (
+        (2 * torch.randn(1, rows, TEST_HEADS, TEST_HEAD, generator=generator, device=device)).to(torch.bfloat16)
+        for rows in (TEST_TOKENS, TEXT_TOKENS, TEXT_TOKENS)
+    )
+    return query, key, value

@@ -1,0 +1,190 @@
+"""Attention to a text as kernels: against plain attention in float64, the rows that are counted, and nothing hidden."""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from engine import text_attention, text_attention_triton
+from engine.text_attention_triton import KEYS, QUERIES
+
+BF16 = 2.0**-8  # half a step, in parts of a value
+FP32 = 2.0**-18  # of 512 products and their sum, in parts of their sizes' sum
+PROMPTS = [1, 12, 63, 64, 65, 128, 511, 512]
+SIZES = [(1, 1, 16), (QUERIES, 2, 16), (QUERIES + 1, 3, 48), (QUERIES - 1, 1, 128), (2 * QUERIES + 7, 2, 16)]
+
+
+@pytest.fixture(autouse=True)
+def product_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bf16 as its 16 bits, and multiplies these as whole numbers. A card widens them."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(one: Any) -> Any:
+        assert one.dtype == interpreter.tl.bfloat16
+        wide = (one.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda builder, a, b, *rest: plain(builder, widened(a), widened(b), *rest),
+    )
+
+
+def draw(tokens: int, heads: int, width: int, keys: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(keys + width)
+    query, key, value = (
+        (2 * torch.randn(1, rows, heads, width, generator=generator)).bfloat16() for rows in (tokens, keys, keys)
+    )
+    return query, key, value
+
+
+def text(real: int, tokens: int = 5, heads: int = 2, width: int = 16, keys: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values that are equal from row `real` on."""
+    query, key, value = draw(tokens, heads, width, keys)
+    key[:, real:], value[:, real:] = key[:, -1:], value[:, -1:]
+    return query, key, value
+
+
+def check(made: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Weights that are bf16 in the product with the values, a sum in fp32, and one rounding to bf16."""
+    q, k, v = (x[0].double().transpose(0, 1) for x in (query, key, value))
+    weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[2]), dim=-1)
+    wanted, most = ((weights @ x).transpose(0, 1)[None] for x in (v, v.abs()))
+    assert (made.dtype, made.shape) == (torch.bfloat16, query.shape)
+    assert ((made.double() - wanted).abs() <= BF16 * (wanted.abs() + most) * (1 + BF16) + FP32 * most).all()
+
+
+@pytest.mark.parametrize("real", PROMPTS)
+def test_attention_to_a_padded_text_is_plain_attention(real):
+    given = text(real)
+    check(text_attention_triton.attend_text(*given), *given)
+
+
+@pytest.mark.parametrize("real", [1, 65, 512])
+def test_kernel_gives_what_the_cpu_gives(real):
+    given = text(real)
+    made, wanted = text_attention_triton.attend_text(*given), text_attention.attend_text(*given)
+    torch.testing.assert_close(made, wanted, rtol=4 * BF16, atol=2 * BF16 * given[2].abs().max().item())
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width"), SIZES)
+def test_attention_of_any_number_of_queries_heads_and_widths_is_plain_attention(tokens, heads, width):
+    given = text(70, tokens, heads, width, keys=80)
+    check(text_attention_triton.attend_text(*given), *given)
+
+
+@pytest.mark.parametrize("keys", [1, 2, KEYS, KEYS + 1, 100])
+def test_attention_to_a_text_of_any_length_is_plain_attention(keys):
+    given = draw(5, 2, 16, keys)
+    check(text_attention_triton.attend_text(*given), *given)
+
+
+def test_attention_to_nothing_but_padding_gives_its_value():
+    query, key, value = text(0)
+    out = text_attention_triton.attend_text(query, key, value)
+    assert torch.equal(out, value[:, -1:].expand_as(out))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "count"),
+    [(0, 0, 0), (1, 1, 1), (64, 64, 64), (129, 129, 129), (130, 130, 129), (12, 100, 100), (100, 12, 100)],
+)
+def test_rows_at_the_end_are_counted_where_key_and_value_are_equal(keys, values, count):
+    _, key, value = draw(1, 2, 16, keys=130)
+    key[:, keys:], value[:, values:] = key[:, -1:], value[:, -1:]
+    assert text_attention_triton.distinct_rows(key, value).tolist() == [count]
+    assert text_attention.distinct_rows(key[0], value[0]) == count
+
+
+@pytest.mark.parametrize(("first", "other"), [(math.nan, 1.0), (1.0, math.nan), (0.0, -0.0), (1.0, 1.0 + 2.0**-7)])
+@pytest.mark.parametrize("of", ["key", "value"])
+def test_rows_that_differ_in_one_number_are_not_equal(first, other, of):
+    _, key, value = text(12, keys=130)
+    changed = key if of == "key" else value
+    changed[:, 12:, 1, 15] = first
+    changed[:, 100, 1, 15] = other
+    assert text_attention_triton.distinct_rows(key, value).tolist() == [101]
+
+
+def test_row_of_nan_is_equal_to_itself():
+    _, key, value = text(12, keys=130)
+    key[:, 12:, 0, 3] = math.nan
+    assert text_attention_triton.distinct_rows(key, value).tolist() == [12]
+
+
+@pytest.mark.parametrize("rows", [slice(12, 130), slice(40, 41), slice(3, 4)])
+@pytest.mark.parametrize("of", ["key", "value"])
+def test_nan_is_in_the_result_of_its_head_alone(rows, of):
+    query, key, value = text(12, keys=130)
+    right = text_attention_triton.attend_text(query, key, value)
+    (key if of == "key" else value)[:, rows, 0, 3] = math.nan
+    out = text_attention_triton.attend_text(query, key, value)
+    assert out[:, :, 0, 3].isnan().all()
+    assert out[:, :, 0].isnan().all() == (of == "key")
+    torch.testing.assert_close(out[:, :, 1], right[:, :, 1], rtol=2 * BF16, atol=2 * BF16)
+
+
+def test_query_that_is_not_finite_is_seen_by_no_other():
+    query, key, value = text(70, keys=130)
+    right = text_attention_triton.attend_text(query, key, value)
+    query[0, 2, 0, 7] = math.nan
+    out = text_attention_triton.attend_text(query, key, value)
+    assert out[0, 2, 0].isnan().all()
+    assert torch.equal(out[:, [0, 1, 3, 4]], right[:, [0, 1, 3, 4]])
+    assert torch.equal(out[0, 2, 1], right[0, 2, 1])
+
+
+def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What a worker's start would say of these kernels, asked for fewer and smaller heads."""
+    monkeypatch.setattr(text_attention, "TEST_HEADS", 2)
+    monkeypatch.setattr(text_attention, "TEST_HEAD", 32)
+    monkeypatch.setattr(text_attention, "attend_text", module.attend_text)
+    return text_attention.problem.__wrapped__("cpu")
+
+
+def test_self_test_accepts_the_kernels(monkeypatch):
+    assert problem(text_attention_triton, monkeypatch) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (" + tl.where(index == count, repeats, 0.0)[None, :]", ""),
+        ("(keys - count).to", "(keys - count + 1).to"),
+        ("tl.range(0, count + 1, tile", "tl.range(0, count, tile"),
+        ("tl.where((index <= count)[None, :], logits, float(\"-inf\"))", "logits"),
+        ("(key != tl.load(key_at + last, mask=inside, other=0)) | (", "("),
+        ("value != tl.load(value_at + last, mask=inside, other=0)", "False"),
+        ("count_at, row + 1", "count_at, row"),
+        ("found * fade[:, None]", "found"),
+        ("total * fade", "total"),
+        ("        largest = larger\n", ""),
+        (" * scale +", " +"),
+        ("(found / total[:, None])", "found"),
+        ("(first + row < tokens)", "(first + row < tokens - 1)"),
+        ("(index[:, None] * heads + head)", "(index[:, None] * heads)"),
+        ("tl.program_id(0) // heads * queries", "tl.program_id(0) // heads"),
+    ],
+    ids=[
+        "padding counts as one key", "one too many", "padding that begins a tile left out", "keys that are not there",
+        "equal values are enough", "equal keys are enough", "a row too few", "what was found does not fade",
+        "the sum does not fade", "the largest is forgotten", "no scale", "not divided by the sum",
+        "a query not written", "the first head's keys", "tiles that overlap",
+    ],
+)  # fmt: skip
+def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
+    assert "its result is off" in str(problem(changed("text_attention_triton", old, new), monkeypatch))
+
+
+def test_self_test_refuses_a_kernel_to_which_a_nan_is_equal_to_all(changed: Callable[..., ModuleType], monkeypatch):
+    wide = ".to(tl.bfloat16, bitcast=True).to(tl.float32)"
+    old = "(key != tl.load(key_at + last, mask=inside, other=0))"
+    new = f"(tl.abs(key{wide} - tl.load(key_at + last, mask=inside, other=0){wide}) > 0)"
+    assert problem(changed("text_attention_triton", old, new), monkeypatch) == "it hides a NaN"
