@@ -1,5 +1,6 @@
 """Files are on their way before anybody asks for their bytes, in the order of need, and within bounds."""
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_no_more_is_read_than_half_of_the_free_memory(files: list[Path], monkeyp
 
 def test_file_that_cannot_be_read_is_left_out(files: list[Path], tmp_path: Path) -> None:
     assert finish(ReadAhead([tmp_path / "nobody", tmp_path, *files[1:]])) == 5000
+
+
+def test_step_is_one_call_that_fills_a_small_buffer_again_and_again(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "BUFFER_BYTES", STEP // 4)
+    read, calls = os.preadv, list[tuple[int, int]]()
+    monkeypatch.setattr(
+        os,
+        "preadv",
+        lambda fd, places, at: calls.append((len(places), len({*map(id, places)}))) or read(fd, places, at),
+    )
+    assert finish(ReadAhead(files[:1])) == 2500
+    assert calls == [(4, 1)] * 4  # three with bytes in them, and the one that meets the end
 
 
 def test_nothing_to_read_is_nothing_to_do() -> None:
