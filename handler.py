@@ -66,7 +66,7 @@ def run(
     with work_folder() as folder:
         made = worker.models.generate(task, parts, folder, progress)
         with progress.stage("upload"):
-            delivered = [store.deliver(file, job_id, file.path.name) for file in made.files]
+            delivered = store.deliver(made.files, job_id)
     response = success(task, made, delivered, media.hashes, progress.timings_s)
     return store.record(job_id, fingerprint, response, delivered)
 

@@ -1,5 +1,7 @@
 """Whether a request may run on this card, and what smaller one would: told before a weight is loaded.
 
+What its profile cannot run is refused on any card (see `svi_request`).
+
 Two bounds. Memory: what stays on the card by the placement that leaves most room, and what this size needs beside it
 (see `residency` and `activations`); a placement counts if the host has room for what does not stay on the card. Work:
 WORKER_MAX_WORK, so that no request holds a card for hours.
@@ -20,9 +22,11 @@ from engine.demand import Demand, Size, demand
 from engine.profile import EIGHT_BITS, Profile
 from engine.residency import GIB, least_card_bytes, least_host_bytes, room_bytes, runs_in
 from engine.smaller import Ask
+from engine.svi_request import check_inputs, check_plan
 from schemas.errors import RequestTooLarge
 from schemas.image_schema import ImageRequest
 from schemas.request import Request
+from schemas.svi_schema import SviEndframeRequest
 
 EASIER = 0.75
 """After the card has run out of memory, what is named needs at most this share of what was asked for."""
@@ -72,8 +76,10 @@ class Gate:
 
         Raises:
             RequestTooLarge: with the numbers, and what would pass.
-            InvalidInput: the request's `state` is none.
+            InvalidInput: it cannot run with this profile, whatever the card.
         """
+        if isinstance(request, SviEndframeRequest):
+            check_inputs(request, self.profile, pictures)
         wanted = demand(request, self.profile, _given(request, pictures))
         if wanted is None:
             return None
@@ -81,6 +87,8 @@ class Gate:
             raise RequestTooLarge(self._memory_sentence(_ask(request, wanted, pictures), wanted))
         if not self.is_little_work(wanted):
             raise RequestTooLarge(self._work_sentence(_ask(request, wanted, pictures), wanted))
+        if isinstance(request, SviEndframeRequest):
+            check_plan(request, self.profile)  # last, for it may import torch
         return wanted
 
     def needed_bytes(self, wanted: Demand) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.geometry import SIZE_MULTIPLE, VAE_STRIDE_S, LatentShape
 from schemas.errors import InvalidInput, Problem
@@ -25,6 +25,13 @@ MAX_INDEX = 2**31  # of a clip: seeds of the clips after it fit torch, and their
 PATCH = SIZE_MULTIPLE // VAE_STRIDE_S  # latent pixels that the transformer takes at once, each side
 _HEAD = struct.Struct("<4sHHHHHIQ32s")
 _CRC = struct.Struct("<I")
+
+
+class MotionShape(NamedTuple):
+    """Of a state's latents."""
+
+    channels: int
+    latent: LatentShape
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def unpack_state(text: str) -> ChainState:
     """Read a state back. Its base64 may be URL-safe, unpadded, or broken into lines.
 
     Raises:
-        InvalidInput: no state, one of another version, or a damaged one.
+        InvalidInput: no state, one of another version, a damaged one, or one of values that are no numbers.
     """
     import numpy as np
     import torch
@@ -80,21 +87,32 @@ def base_seed(text: str) -> int:
     """The chain's base seed: what a job that goes on from this state uses where its request names no seed.
 
     Raises:
-        InvalidInput: as `unpack_state`.
+        InvalidInput: no state, one of another version, or a damaged one.
     """
     head, _ = _checked(text)
     seed: int = _HEAD.unpack(head)[7]
     return seed
 
 
-def check_fits(state: ChainState, shape: LatentShape, channels: int) -> None:
+def motion_shape(text: str) -> MotionShape:
+    """The size of a state's latents, without torch.
+
+    Raises:
+        InvalidInput: as `base_seed`.
+    """
+    head, _ = _checked(text)
+    _, _, frames, channels, height, width, *_ = _HEAD.unpack(head)
+    return MotionShape(channels, LatentShape(frames, height, width))
+
+
+def check_fits(motion: MotionShape, shape: LatentShape, channels: int) -> None:
     """Refuse a state that this job cannot go on from; `shape.frames`: the motion latents that it takes.
 
     Raises:
         InvalidInput: names both sizes.
     """
-    if state.motion.shape[1] != channels or state.shape != shape:
-        raise _refuse(f"holds {_size(state.shape)}; this job goes on from {_size(shape)}")
+    if motion != MotionShape(channels, shape):
+        raise _refuse(f"holds {_size(motion.latent)}; this job goes on from {_size(shape)}")
 
 
 def _size(shape: LatentShape) -> str:

@@ -31,16 +31,16 @@ class Delivered:
 class Store(Protocol):
     """One job's way out. Nothing is returned that is not already safe."""
 
-    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        """Put the file where the caller can get it.
+    def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:
+        """Put all files of the job where the caller can get them; return one for each, in their order.
 
-        `name`: such as `video.mp4`, one per file of the job. The same job id and name lead to the same place;
-        another file that stands there is never replaced.
+        A file keeps its own name, such as `video.mp4`, no two of a job the same. The same job id and name lead to
+        the same place; another file that stands there is never replaced.
 
         Raises:
-            DeliveryFailed: names the key; `retryable` says whether the same request may succeed later.
-            OutputTooLarge: only the response could carry the file, and it is too large for that.
-            EncodingFailed: the file on the worker's disk is gone, or not the one that was verified.
+            DeliveryFailed: names the keys; `retryable` says whether the same request may succeed later.
+            OutputTooLarge: only the response could carry a file, and it is too large for that.
+            EncodingFailed: a file on the worker's disk is gone, or not the one that was verified.
         """
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:

@@ -11,12 +11,13 @@ from typing import Any
 from engine import outbox
 from engine.bucket import Bucket
 from engine.delivery import UNREADABLE, Delivered, job_key, with_suffix
+from engine.outbox import Entry
 from engine.outputs import MediaFile
 from engine.record import Record, make_record, read_record
 from engine.s3 import Objects, Patience, connect
 from engine.s3_errors import KeyMissing, KeyTaken, RightMissing, StoreUnwell
 from engine.upload import upload
-from schemas.errors import DeliveryFailed, EncodingFailed, JobTimeout, WorkerError, WorkerShutdown
+from schemas.errors import DeliveryFailed, EncodingFailed, JobTimeout, WorkerShutdown
 
 RECORD_S = 5.0
 """How long a job waits for its record, which serves a second coming of the job and not this answer."""
@@ -37,7 +38,7 @@ class Terms:
     pause: Callable[[float], None]
 
     def patience(self) -> Patience:
-        """For a file: as long as the operator set, or until the job's pause ends it."""
+        """For all files of a job: as long as the operator set, or until the job's pause ends it."""
         return Patience.lasting(self.retry_s, self.pause)
 
     def brief(self) -> Patience:
@@ -47,12 +48,15 @@ class Terms:
     def key(self, name: str) -> str:
         return "/".join(part for part in (self.prefix.strip("/"), name) if part)
 
+    def entries(self, files: Sequence[MediaFile], job_id: str) -> list[Entry]:
+        return [Entry(self.key(job_key(job_id, file.path.name)), file) for file in files]
+
 
 @dataclass(frozen=True)
 class GuestStore:
     """The bucket of a request's `s3Config`. What stands in it is the caller's word, and is not believed.
 
-    A file that it does not take is lost with the job: to send it later, the caller's keys would have to be kept.
+    What it does not take is lost with the job: to send it later, the caller's keys would have to be kept.
     """
 
     bucket: Bucket
@@ -63,12 +67,16 @@ class GuestStore:
         """A client of this job's own, so that the caller's keys go when the job goes."""
         return Objects(self.bucket)
 
-    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = self.terms.key(job_key(job_id, name))
+    def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:
+        entries = self.terms.entries(files, job_id)
+        delivered: list[Delivered] = []
         try:
-            return _send(self._objects, self.terms, file, key)
+            _send(self._objects, self.terms, entries, delivered)
         except DeliveryFailed as error:
-            raise type(error)(f"{error.sentence}; {key} was not stored") from error
+            lost = entries[len(delivered) :]
+            verb = "was" if len(lost) == 1 else "were"
+            raise type(error)(f"{error.sentence}; {_keys(lost)} {verb} not stored") from error
+        return delivered
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
         """Try the keys, no more: a record here could make the worker answer whatever its owner likes."""
@@ -89,18 +97,22 @@ class GuestStore:
 
 @dataclass(frozen=True)
 class S3Store:
-    """The operator's bucket. A file that it does not take waits in the outbox."""
+    """The operator's bucket. A file that it does not take waits in the outbox, and so do those after it."""
 
     bucket: Bucket
     terms: Terms
     outbox_dir: Path
 
-    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = self.terms.key(job_key(job_id, name))
+    def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:
+        entries = self.terms.entries(files, job_id)
+        delivered: list[Delivered] = []
         try:
-            return _send(connect(self.bucket), self.terms, file, key)
+            _send(connect(self.bucket), self.terms, entries, delivered)
         except (DeliveryFailed, JobTimeout, WorkerShutdown) as error:
-            raise self._kept(file, key, error) from error
+            told = [f"already stored: {_keys(delivered)}"] if delivered else []
+            told += self._keep(entries[len(delivered) :])
+            raise type(error)("; ".join([error.sentence, *told])) from error
+        return delivered
 
     def recall(self, job_id: str, input_sha256: str) -> dict[str, Any] | None:
         objects = connect(self.bucket)
@@ -160,20 +172,38 @@ class S3Store:
         key = self.terms.key(job_key(job_id, "result.json"))
         return key, with_suffix(key, input_sha256[:8])
 
-    def _kept(self, file: MediaFile, key: str, error: WorkerError) -> WorkerError:
+    def _keep(self, entries: Sequence[Entry]) -> list[str]:
+        """Leave in the outbox what it takes; return what the caller is told of it."""
+        kept: list[Entry] = []
+        lost: list[str] = []
+        for entry in entries:
+            try:
+                outbox.keep(self.outbox_dir, entry)
+                kept.append(entry)
+            except DeliveryFailed as error:
+                lost.append(error.sentence)
+        if not kept:
+            return lost
+        noun = "file is" if len(kept) == 1 else "files are"
+        return [f"the {noun} kept and will be stored as {_keys(kept)}", *lost]
+
+
+def _send(objects: Objects, terms: Terms, entries: Sequence[Entry], delivered: list[Delivered]) -> None:
+    """Store one after another, with one patience for all; `delivered` grows by each that stands."""
+    patience = terms.patience()
+    for entry in entries:
+        if delivered:
+            patience.pause(0.0)  # a cancel must not wait for the last of them
         try:
-            outbox.keep(self.outbox_dir, outbox.Entry(key, file))
-        except DeliveryFailed as lost:
-            return type(error)(f"{error.sentence}; {lost.sentence}")
-        return type(error)(f"{error.sentence}; the file is kept and will be stored as {key}")
+            key = upload(objects, entry.file, entry.key, patience)
+        except OSError as error:
+            raise EncodingFailed(UNREADABLE) from error
+        url = objects.sign(key, terms.url_expiry_s)
+        delivered.append(Delivered(url, key, "s3", entry.file.sha256, entry.file.size_bytes))
 
 
-def _send(objects: Objects, terms: Terms, file: MediaFile, key: str) -> Delivered:
-    try:
-        stored = upload(objects, file, key, terms.patience())
-    except OSError as error:
-        raise EncodingFailed(UNREADABLE) from error
-    return Delivered(objects.sign(stored, terms.url_expiry_s), stored, "s3", file.sha256, file.size_bytes)
+def _keys(files: Iterable[Entry | Delivered]) -> str:
+    return ", ".join(file.key for file in files)
 
 
 def _write(objects: Objects, key: str, record: Record, terms: Terms) -> None:

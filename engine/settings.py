@@ -192,7 +192,7 @@ class Settings:
         _positive_float,
         "seconds",
         180.0,
-        "How long a finished file is offered to a failing store before it stays in the outbox.",
+        "How long the finished files of a job are offered to a failing store before they stay in the outbox.",
     )
     in_cloud: bool = _setting(
         "RUNPOD_WEBHOOK_GET_JOB", bool, "set by RunPod", False, "Set by RunPod itself: this process takes jobs."

@@ -32,7 +32,7 @@ def open_store(settings: Settings, s3_config: object = None, *, pause: Callable[
 
     `s3_config`: the job's own `s3Config` as it came, None if it has none; it goes before the environment.
     `pause` sleeps between the tries of a failing store and may raise to end the wait: JobTimeout and
-    WorkerShutdown leave the file in the outbox, Cancelled drops it.
+    WorkerShutdown leave the files in the outbox, Cancelled drops them.
 
     Raises:
         SettingsError: the environment names no usable bucket.
@@ -74,11 +74,13 @@ class InlineStore:
 
     limit_bytes: int
 
-    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
+    def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:
+        return [self._inlined(file, job_key(job_id, file.path.name)) for file in files]
+
+    def _inlined(self, file: MediaFile, key: str) -> Delivered:
         size_bytes = data_uri_bytes(file)
         if size_bytes > self.limit_bytes:
-            raise _too_large(f"the {name} as base64", size_bytes, self.limit_bytes)
-        key = job_key(job_id, name)
+            raise _too_large(f"the {file.path.name} as base64", size_bytes, self.limit_bytes)
         return Delivered(data_uri(file), key, "inline", file.sha256, file.size_bytes)
 
     def recall(self, _job_id: str, _input_sha256: str) -> dict[str, Any] | None:
@@ -99,8 +101,10 @@ class LocalStore:
 
     folder: Path
 
-    def deliver(self, file: MediaFile, job_id: str, name: str) -> Delivered:
-        key = job_key(job_id, name)
+    def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:
+        return [self._placed(file, job_key(job_id, file.path.name)) for file in files]
+
+    def _placed(self, file: MediaFile, key: str) -> Delivered:
         if file.content_type.startswith("image/"):
             return Delivered(data_uri(file), key, "inline", file.sha256, file.size_bytes)
         try:

@@ -10,11 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from engine.chain import newest_frames
-from engine.chain_state import ChainState
 from engine.conditioning import LAYOUTS, Given
-from engine.geometry import VAE_STRIDE_S, fit_area
 from engine.pictures import fit_picture
-from engine.profile import Profile
+from engine.svi_request import frames_of
 from schemas.errors import InvalidInput, Problem
 from schemas.svi_schema import SviEndframeRequest
 
@@ -28,28 +26,6 @@ class Scene:
     """The newest frames of the video to go on from, where the layout takes their motion."""
 
 
-def scene_size(
-    request: SviEndframeRequest, pictures: Mapping[str, Any], state: ChainState | None, profile: Profile
-) -> tuple[int, int]:
-    """(height, width): as asked, else the state's, else from the aspect of what the video starts on.
-
-    Raises:
-        InvalidInput: a side is smaller than the model draws.
-    """
-    if request.size is not None:
-        height, width = request.size
-    elif state is not None:
-        height, width = VAE_STRIDE_S * state.shape.height, VAE_STRIDE_S * state.shape.width
-    else:
-        first = _frames(_opening(pictures))[0]
-        height, width = fit_area(first.width / first.height, profile.max_area)
-    if min(height, width) < profile.min_side:
-        raise InvalidInput(
-            [Problem("resolution", f"must have sides of at least {profile.min_side}, got {width}x{height}")]
-        )
-    return height, width
-
-
 def read_scene(request: SviEndframeRequest, pictures: Mapping[str, Any], height: int, width: int) -> Scene:
     """Fit every picture to one size, by the same scaling and the same cut, and give each its part.
 
@@ -58,7 +34,7 @@ def read_scene(request: SviEndframeRequest, pictures: Mapping[str, Any], height:
     Raises:
         InvalidInput: the prefix video is too short.
     """
-    pixels = {name: _pixels(_frames(value), height, width) for name, value in pictures.items()}
+    pixels = {name: _pixels(frames_of(value), height, width) for name, value in pictures.items()}
     prefix = None
     if "prefix_video" in pixels:
         prefix = newest_frames(pixels["prefix_video"], request.overlap)
@@ -69,17 +45,6 @@ def read_scene(request: SviEndframeRequest, pictures: Mapping[str, Any], height:
     if prefix is not None and LAYOUTS[request.chosen_layout].from_start:
         start, prefix = prefix[:, :, -request.overlap :], None
     return Scene(Given(anchor[:, :, :1], start, pixels.get("image_end")), prefix)
-
-
-def _opening(pictures: Mapping[str, Any]) -> Any:
-    for name in ("image_start", "image_refs", "prefix_video"):
-        if name in pictures:
-            return pictures[name]
-    raise InvalidInput([Problem("image_start", "is missing; give the start picture, or image_refs")])
-
-
-def _frames(value: Image.Image | Sequence[Image.Image]) -> Sequence[Image.Image]:
-    return [value] if isinstance(value, Image.Image) else value
 
 
 def _pixels(frames: Sequence[Image.Image], height: int, width: int) -> Tensor:

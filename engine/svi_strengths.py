@@ -8,11 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from engine.denoise import ExpertSource
 from engine.lora import Expert, LoraWeights
 from engine.lora_live import Change, live_adapters, strength_changes
-from engine.multipliers import FIELD, parse_multipliers
+from engine.multipliers import FIELD
 from engine.profile import Lora, Profile
+from engine.svi_request import PHASES, asked_strengths
 from schemas.errors import InvalidInput, Problem
-
-PHASES: tuple[Expert, ...] = ("high", "low")
 
 
 @runtime_checkable
@@ -58,7 +57,7 @@ def with_strengths(
     """
     if multipliers is None:
         return experts
-    asked = parse_multipliers(multipliers, len(profile.loras), len(PHASES))
+    asked = asked_strengths(profile, multipliers)
     baked = [[lora.strength * (lora.expert == expert) for expert in PHASES] for lora in profile.loras]
     if [list(row) for row in asked] == baked:
         return experts

@@ -9,8 +9,8 @@ length is handed over, the host waits for nothing, and a prompt of another lengt
 that of plain attention whatever the encoder did; where no row is repeated it is plain attention.
 
 Cost. At 34,320 queries and 40 heads of 128 a short prompt is 0.7 GB of memory traffic and 23 GFLOP, in one tile of 32
-keys: 0.22 ms on an H200, where flash-attn-4 takes 0.65 for all keys. At 200 tokens they are even. A prompt of all 512 is
-sixteen tiles and no product less than plain attention, by a simpler kernel: 1.28 ms, 0.6 more than flash-attn-4.
+keys: 0.22 ms on an H200, where flash-attn-4 takes 0.65 for all keys. At 200 tokens they are even. A prompt of all 512
+is sixteen tiles and no product less than plain attention, by a simpler kernel: 1.28 ms, 0.6 more than flash-attn-4.
 """
 
 import math

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import disk, video
+from engine import admission, disk, inputs, video
 from engine.admission import Gate
 from engine.backends import Backend, load_backend
+from engine.chain_state import ChainState, pack_state
 from engine.outputs import Frames, MediaFile
 from engine.progress import Progress
 from engine.settings import Settings
 from handler import Worker, run
 from model_handler import SAVED_MEMORY, ModelHandler
-from schemas.errors import DiskFull, FetchFailed, OutOfMemory, RequestTooLarge
+from schemas.errors import DiskFull, FetchFailed, InvalidInput, OutOfMemory, RequestTooLarge
+from schemas.request import Request
 from tests.conftest import data_uri, photo
 
 NOWHERE = "http://127.0.0.1:9/picture.png"  # refused by the fetch, if it is ever asked
@@ -100,6 +102,71 @@ def test_picture_too_large_to_be_changed_is_refused_before_loading(worker: Worke
     picture = data_uri(photo().resize((4096, 4096)), "jpeg")
     with pytest.raises(RequestTooLarge, match="1 picture of 4096x4096 would take"):
         answer(worker, {"prompt": "a fox", "image_url": picture})
+    assert worker.models.loads == 0
+
+
+SMALL_SVI = {**SVI, "resolution": "96x64", "num_inference_steps": None}
+STATE = pack_state(ChainState(torch.zeros(1, 16, 1, 8, 8), seed=5, next_index=1, anchor_sha256=bytes(32)))
+IMPOSSIBLE = [
+    ({"loras_multipliers": "1;0 0;1"}, "loras_multipliers: has 2 entries; this profile has 4 LoRAs"),
+    ({"state": STATE, "video_length": 13}, "state: holds 1 latents of 64x64; this job goes on from 1 latents of 96x64"),
+    (
+        {"switch_threshold": 2, "num_inference_steps": 2},
+        "switch_threshold: 2 gives 2 high + 0 low steps, and each expert needs at least one; with the steps at "
+        "t = 1000.00, 4.98 it must be from 4.99 to below 1000.00",
+    ),
+    (
+        {"return_state": True, "video_length": 5, "frame_policy": "window"},
+        "return_state: needs a clip of at least 9 frames, got 5",
+    ),
+]
+"""What no card can run, with the sentence that refuses it."""
+
+
+@pytest.fixture
+def loaded_media(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes of the requests whose pictures were fetched."""
+    modes: list[str] = []
+    load = inputs.load
+
+    def load_and_count(request: Request, *arguments: Any) -> inputs.Media:
+        modes.append(request.mode)
+        return load(request, *arguments)
+
+    monkeypatch.setattr(inputs, "load", load_and_count)
+    return modes
+
+
+@pytest.mark.parametrize(("fields", "sentence"), IMPOSSIBLE, ids=[next(iter(fields)) for fields, _ in IMPOSSIBLE])
+def test_request_that_no_card_can_run_is_refused_before_anything_is_fetched_or_loaded(
+    worker: Worker, loaded_media: list[str], fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        answer(worker, {**SMALL_SVI, **fields})
+    assert caught.value.sentence == sentence
+    assert (loaded_media, worker.models.loads) == ([], 0)
+
+
+@pytest.mark.parametrize(("fields", "sentence"), IMPOSSIBLE, ids=[next(iter(fields)) for fields, _ in IMPOSSIBLE])
+def test_without_the_early_look_the_same_is_refused_after_loading(
+    worker: Worker,
+    loaded_media: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    sentence: str,
+) -> None:
+    for name in ("check_inputs", "check_plan"):
+        monkeypatch.setattr(admission, name, lambda *_: None)
+    with pytest.raises(InvalidInput) as caught:
+        answer(worker, {**SMALL_SVI, **fields})
+    assert caught.value.sentence == sentence
+    assert (loaded_media, worker.models.loads) == (["svi_endframe"], 1)
+
+
+def test_picture_too_long_for_the_models_least_side_is_refused_before_loading(worker: Worker) -> None:
+    long = data_uri(photo(64, 3200))
+    with pytest.raises(InvalidInput, match="resolution: must have sides of at least 32, got 672x16"):
+        answer(worker, {**SMALL_SVI, "resolution": None, "image_start": long})
     assert worker.models.loads == 0
 
 

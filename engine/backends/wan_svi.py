@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.backends import Task
 from engine.card import Card
-from engine.chain import Clip, Wish, check_hand_over, keep, motion_after, plan, returned_frames
-from engine.chain_state import ChainState, anchor_digest, check_fits, pack_state, unpack_state
+from engine.chain import Clip, keep, motion_after, returned_frames
+from engine.chain_state import ChainState, anchor_digest, pack_state, unpack_state
 from engine.conditioning import LAYOUTS, Filling, Given, condition
 from engine.denoise import ExpertSource, Prompts, denoise
 from engine.frames import stream_uint8
@@ -28,7 +28,9 @@ from engine.placing import place
 from engine.profile import EXPERTS, Profile
 from engine.progress import Progress
 from engine.scheduler import ReferenceEuler
-from engine.svi_scene import Scene, read_scene, scene_size
+from engine.svi_clips import clips_for
+from engine.svi_request import scene_size
+from engine.svi_scene import Scene, read_scene
 from engine.svi_schedule import Schedule, schedule_for
 from engine.svi_strengths import with_strengths
 from engine.text import MAX_TOKENS, PromptEncoder
@@ -110,19 +112,17 @@ class WanSvi:
         del self._memo, self._placed, self._prompts
 
     def _job(self, task: Task) -> Job:
-        """Decide everything that can be decided, and refuse what cannot be, before any model works."""
+        """Decide everything that can be decided, and refuse what cannot be, before any model works.
+
+        `Gate.admit` has asked the same functions, all but whether the bake kept its LoRA files.
+        """
         request = cast(SviEndframeRequest, task.request)  # the profile's modes hold it
         state = None if request.state is None else unpack_state(request.state)
-        height, width = scene_size(request, task.pictures, state, task.profile)
+        height, width = scene_size(request, task.pictures, task.profile)
         schedule = schedule_for(task.profile, request)
-        clips = plan(_wish(request, task.seed, state))
-        if request.return_state:
-            check_hand_over(clips[-1], request.overlap)
+        clips = clips_for(request, task.seed, 0 if state is None else state.next_index)
         experts = with_strengths(self._placed.experts, task.profile, self._parts, request.loras_multipliers)
-        job = Job(request, task.profile, task.seed, state, height, width, schedule, clips, experts)
-        if state is not None:
-            check_fits(state, job.latent(job.motion_frames), self._placed.vae.config.z_dim)
-        return job
+        return Job(request, task.profile, task.seed, state, height, width, schedule, clips, experts)
 
     def _embed(self, job: Job) -> tuple[list[Prompts], list[str]]:
         """The embeddings of each clip's prompts, and what of them nobody reads."""
@@ -195,20 +195,6 @@ class WanSvi:
                 chunks = keep(decoded, clip.kept)
                 yield from stream_uint8(chunk[0] for chunk in chunks)
         self._placed.settle()
-
-
-def _wish(request: SviEndframeRequest, seed: int, state: ChainState | None) -> Wish:
-    return Wish(
-        frames=request.total_frames,
-        prompts=request.clip_prompts,
-        seed=seed,
-        layout=request.chosen_layout,
-        policy=request.frame_policy,
-        segments=request.segments,
-        overlap=request.overlap,
-        continues=state is not None or request.prefix_video is not None,
-        first_index=0 if state is None else state.next_index,
-    )
 
 
 def _state_after(job: Job, film: Film, anchor_sha256: bytes) -> str:

@@ -18,7 +18,7 @@ from engine.geometry import VideoShape
 from engine.profiles import DEFAULTS, PROFILES, resolve
 from engine.residency import GIB, plan
 from engine.weights import twin_of
-from schemas.errors import RequestTooLarge
+from schemas.errors import InvalidInput, RequestTooLarge
 from schemas.input_schema import Request, parse_request
 from tests.conftest import ROOT, photo
 
@@ -307,6 +307,20 @@ def test_advice_after_out_of_memory_names_smaller_requests() -> None:
 def test_advice_says_so_when_nothing_is_smaller() -> None:
     smallest = {**VIDEO, "height": 256, "width": 256, "num_frames": 5}
     assert gate(VIDEO).advice(parse_request(smallest)) == "there is no smaller size of this request to try"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"resolution": "480x240"}, "resolution: must have sides of at least 256, got 480x240"),
+        ({"loras_multipliers": "1"}, "loras_multipliers: has 1 entries; this profile has 4 LoRAs"),
+    ],
+)
+def test_what_the_profile_cannot_run_is_refused_on_any_card(fields: dict, sentence: str) -> None:
+    payload = {**SVI, **fields}
+    with pytest.raises(InvalidInput) as caught:
+        gate(payload, 10_000.0).admit(parse_request(payload))
+    assert caught.value.sentence == sentence
 
 
 def test_deciding_needs_no_torch() -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.chain_state import ChainState, anchor_digest, base_seed, check_fits, pack_state, unpack_state
+from engine.chain_state import (
+    ChainState,
+    MotionShape,
+    anchor_digest,
+    base_seed,
+    check_fits,
+    motion_shape,
+    pack_state,
+    unpack_state,
+)
 from engine.geometry import LatentShape
 from schemas.errors import InvalidInput
 from tests.engine.svi_parts import noise, pixels
@@ -115,7 +124,7 @@ def test_latents_that_the_transformer_cannot_cut_into_patches_are_refused(height
 
 
 def test_state_fits_the_size_it_was_made_at():
-    check_fits(STATE, LatentShape(1, 4, 6), 16)
+    check_fits(motion_shape(pack_state(STATE)), LatentShape(1, 4, 6), 16)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ def test_state_fits_the_size_it_was_made_at():
 )
 def test_state_of_another_size_is_refused(shape, channels):
     with pytest.raises(InvalidInput, match="state: holds 1 latents of 48x32"):
-        check_fits(STATE, shape, channels)
+        check_fits(MotionShape(16, LatentShape(1, 4, 6)), shape, channels)
 
 
 def test_digest_tells_anchors_apart():
@@ -140,10 +149,16 @@ def test_base_seed_is_read_from_a_whole_state_only():
         base_seed(edited(HEAD + 4, b"\x07"))
 
 
-def test_reading_a_base_seed_needs_no_torch():
+def test_motion_shape_is_that_of_the_latents():
+    assert motion_shape(pack_state(STATE)) == MotionShape(16, LatentShape(1, 4, 6))
+    with pytest.raises(InvalidInput, match="damaged"):
+        motion_shape(edited(HEAD + 4, b"\x07"))
+
+
+def test_reading_a_base_seed_and_a_size_needs_no_torch():
     code = (
-        "import sys; from engine.chain_state import base_seed; "
-        f"print(base_seed({pack_state(STATE)!r}), 'torch' in sys.modules)"
+        "import sys; from engine.chain_state import base_seed, motion_shape; "
+        f"state = {pack_state(STATE)!r}; motion_shape(state); print(base_seed(state), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 

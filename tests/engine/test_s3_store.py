@@ -4,11 +4,13 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engine import storage
 from engine.bucket import REQUEST, Bucket
+from engine.outputs import MediaFile
 from engine.s3 import Patience, connect
 from engine.s3_errors import StoreRefused, StoreUnwell
 from engine.s3_store import GuestStore, S3Store, Terms
@@ -49,15 +51,19 @@ def opened(url: str) -> tuple[str, bytes]:
         return answer.headers["Content-Type"], answer.read()
 
 
+def two_pictures(folder: Path) -> list[MediaFile]:
+    return [media_file(folder / f"image-{n}.png", bytes([n]), "image/png") for n in range(2)]
+
+
 def finish(store, file, job_id: str = "job-7", input_sha256: str = INPUT, seed: int = 5) -> dict:
     """What the handler does once the file is there."""
-    delivered = store.deliver(file, job_id, "video.mp4")
-    return store.record(job_id, input_sha256, {"video_url": delivered.url, "seed": seed}, [delivered])
+    delivered = store.deliver([file], job_id)
+    return store.record(job_id, input_sha256, {"video_url": delivered[0].url, "seed": seed}, delivered)
 
 
 def test_deliver_gives_a_url_that_opens_as_a_video(swift, bucket, store, make_file) -> None:
     file = make_file()
-    delivered = store.deliver(file, "job-7", "video.mp4")
+    [delivered] = store.deliver([file], "job-7")
     assert delivered.key == f"{FOLDER}/video.mp4"
     assert (delivered.kind, delivered.sha256, delivered.size_bytes) == ("s3", file.sha256, 100_000)
     assert opened(delivered.url) == ("video/mp4", file.path.read_bytes())
@@ -66,12 +72,12 @@ def test_deliver_gives_a_url_that_opens_as_a_video(swift, bucket, store, make_fi
 
 def test_deliver_has_no_prefix_when_the_setting_is_a_slash(bucket, tmp_path, make_file) -> None:
     bare = S3Store(bucket, replace(terms(), prefix="/"), tmp_path)
-    assert bare.deliver(make_file(), "job-7", "video.mp4").key == f"{HASH}/video.mp4"
+    assert bare.deliver([make_file()], "job-7")[0].key == f"{HASH}/video.mp4"
 
 
 @pytest.mark.parametrize("job_id", ["../../etc/passwd", "", ".", "a/b", "\x00", "x" * 5000, "\ud800", "%2e%2e"])
 def test_deliver_makes_a_harmless_key_of_any_job_id(store, make_file, job_id) -> None:
-    key = store.deliver(make_file(100), job_id, "video.mp4").key
+    key = store.deliver([make_file(100)], job_id)[0].key
     prefix, folder, name = key.split("/")
     assert (prefix, name) == ("worker", "video.mp4")
     assert len(folder) == 32
@@ -90,8 +96,7 @@ def test_recall_answers_a_second_delivery_with_a_fresh_url(store, make_file) -> 
 
 
 def test_recall_replaces_urls_wherever_the_response_has_them(store, tmp_path) -> None:
-    pictures = [media_file(tmp_path / f"{n}.png", bytes([n]), "image/png") for n in range(2)]
-    delivered = [store.deliver(each, "job-7", f"image-{n}.png") for n, each in enumerate(pictures)]
+    delivered = store.deliver(two_pictures(tmp_path), "job-7")
     urls = [each.url for each in delivered]
     response = {"images": urls, "image_url": urls[0], "prompt": "a fox", "timings_s": {"load": 0.5}}
     store.record("job-7", INPUT, response, delivered)
@@ -102,7 +107,7 @@ def test_recall_replaces_urls_wherever_the_response_has_them(store, tmp_path) ->
 
 
 def test_recall_answers_a_job_whose_response_carries_a_state(store, make_file) -> None:
-    delivered = store.deliver(make_file(), "job-7", "video.mp4")
+    [delivered] = store.deliver([make_file()], "job-7")
     state = "x" * 1_228_900  # as long as engine.chain_state makes it at 1280x720
     store.record("job-7", INPUT, {"video_url": delivered.url, "state": state}, [delivered])
     assert store.recall("job-7", INPUT)["state"] == state
@@ -160,8 +165,8 @@ def test_recall_refuses_before_any_work_when_the_keys_are_wrong(store) -> None:
 
 def test_record_of_a_slower_twin_gives_way_with_its_files(swift, bucket, store, make_file) -> None:
     first, second = make_file(), make_file()
-    ours = store.deliver(first, "job-7", "video.mp4")
-    twins = store.deliver(second, "job-7", "video.mp4")
+    [ours] = store.deliver([first], "job-7")
+    [twins] = store.deliver([second], "job-7")
     answer = store.record("job-7", INPUT, {"video_url": ours.url, "seed": 1}, [ours])
     late = store.record("job-7", INPUT, {"video_url": twins.url, "seed": 2}, [twins])
     assert (answer["seed"], late["seed"]) == (1, 1)
@@ -170,7 +175,7 @@ def test_record_of_a_slower_twin_gives_way_with_its_files(swift, bucket, store, 
 
 
 def test_record_of_a_slower_twin_answers_right_when_its_files_cannot_be_deleted(proxy, store, make_file) -> None:
-    first, second = (store.deliver(make_file(), "job-7", "video.mp4") for _ in range(2))
+    first, second = (store.deliver([make_file()], "job-7")[0] for _ in range(2))
     store.record("job-7", INPUT, {"video_url": first.url, "seed": 1}, [first])
     proxy.inject("503", 50, matching="DELETE")
     late = out(store).record("job-7", INPUT, {"video_url": second.url, "seed": 2}, [second])
@@ -184,7 +189,7 @@ def test_record_is_kept_when_its_answer_is_lost(proxy, store, make_file) -> None
 
 
 def test_record_never_fails_the_job(proxy, store, make_file) -> None:
-    delivered = store.deliver(make_file(), "job-7", "video.mp4")
+    [delivered] = store.deliver([make_file()], "job-7")
     response = {"video_url": delivered.url}
     proxy.close()
     assert out(store).record("job-7", INPUT, response, [delivered]) == response
@@ -196,7 +201,7 @@ def test_deliver_keeps_the_file_in_an_outage_and_the_next_sweep_stores_it(
     file = make_file()
     proxy.close()
     with pytest.raises(StoreUnwell) as caught:
-        out(store).deliver(file, "job-7", "video.mp4")
+        out(store).deliver([file], "job-7")
     assert error_response(caught.value) == {
         "error": "delivery_failed: the store did not answer;"
         f" the file is kept and will be stored as {FOLDER}/video.mp4",
@@ -215,7 +220,7 @@ def test_deliver_keeps_the_file_in_an_outage_and_the_next_sweep_stores_it(
 def test_sweep_leaves_everything_while_the_store_is_out(proxy, bucket, store, make_file, tmp_path, monkeypatch) -> None:
     proxy.close()
     with pytest.raises(StoreUnwell):
-        out(store).deliver(make_file(), "job-7", "video.mp4")
+        out(store).deliver([make_file()], "job-7")
     monkeypatch.setattr(storage, "SWEEP_S", 0.01)
     assert storage.sweep(settings_for(bucket, tmp_path)) == 0
     assert len(list((tmp_path / "outbox").iterdir())) == 1
@@ -225,7 +230,7 @@ def test_deliver_says_so_when_the_outbox_fails_too(proxy, store, make_file, tmp_
     (tmp_path / "outbox").write_bytes(b"a file, where a folder should be")
     proxy.close()
     with pytest.raises(StoreUnwell) as caught:
-        out(store).deliver(make_file(), "job-7", "video.mp4")
+        out(store).deliver([make_file()], "job-7")
     assert caught.value.sentence == (
         f"the store did not answer; the outbox could not keep {FOLDER}/video.mp4 (File exists)"
     )
@@ -234,14 +239,14 @@ def test_deliver_says_so_when_the_outbox_fails_too(proxy, store, make_file, tmp_
 def test_recall_gives_nothing_when_another_file_stands_in_its_place(bucket, store, make_file) -> None:
     finish(store, make_file())
     connect(bucket).delete(f"{FOLDER}/video.mp4", Patience.lasting(10))
-    store.deliver(make_file(), "job-7", "video.mp4")
+    store.deliver([make_file()], "job-7")
     assert store.recall("job-7", INPUT) is None
 
 
 def test_deliver_with_wrong_keys_asks_once_and_still_keeps_the_file(proxy, store, make_file, tmp_path) -> None:
     wrong = replace(store, bucket=replace(store.bucket, secret_access_key=Secret("wrong")))
     with pytest.raises(StoreRefused, match="the secret key is wrong") as caught:
-        wrong.deliver(make_file(), "job-7", "video.mp4")
+        wrong.deliver([make_file()], "job-7")
     assert len(proxy.requests) == 1
     assert caught.value.retryable is False
     assert len(list((tmp_path / "outbox").iterdir())) == 1
@@ -252,21 +257,21 @@ def test_deliver_says_that_the_file_is_gone_when_it_is(request, which, make_file
     file = make_file()
     file.path.unlink()
     with pytest.raises(EncodingFailed, match="the finished file cannot be read from the worker's disk"):
-        request.getfixturevalue(which).deliver(file, "job-7", "video.mp4")
+        request.getfixturevalue(which).deliver([file], "job-7")
 
 
 @pytest.mark.parametrize("ends", [JobTimeout, WorkerShutdown])
 def test_deliver_keeps_the_file_when_the_wait_is_ended(proxy, bucket, make_file, tmp_path, ends) -> None:
     proxy.close()
     with pytest.raises(ends, match="the file is kept"):
-        S3Store(bucket, terms(pause=ending(ends)), tmp_path / "outbox").deliver(make_file(), "job-7", "video.mp4")
+        S3Store(bucket, terms(pause=ending(ends)), tmp_path / "outbox").deliver([make_file()], "job-7")
     assert len(list((tmp_path / "outbox").iterdir())) == 1
 
 
 def test_deliver_drops_the_file_when_the_job_is_cancelled(proxy, bucket, make_file, tmp_path) -> None:
     proxy.close()
     with pytest.raises(Cancelled):
-        S3Store(bucket, terms(pause=ending(Cancelled)), tmp_path / "outbox").deliver(make_file(), "job-7", "video.mp4")
+        S3Store(bucket, terms(pause=ending(Cancelled)), tmp_path / "outbox").deliver([make_file()], "job-7")
     assert not (tmp_path / "outbox").exists()
 
 
@@ -280,7 +285,7 @@ def ending(kind):
 def test_outbox_holds_no_credentials(proxy, store, make_file, tmp_path) -> None:
     marked = replace(store.bucket, access_key_id=Secret("CANARY-KEY"), secret_access_key=Secret("CANARY-SECRET"))
     with pytest.raises(StoreRefused):
-        replace(store, bucket=marked).deliver(make_file(), "job-7", "video.mp4")
+        replace(store, bucket=marked).deliver([make_file()], "job-7")
     files = [path for path in (tmp_path / "outbox").rglob("*") if path.is_file()]
     assert len(files) == 2
     assert not [path for path in files if b"CANARY" in path.read_bytes()]
@@ -318,7 +323,7 @@ def test_guest_that_is_out_leaves_nothing_behind(proxy, guest, make_file, tmp_pa
     proxy.close()
     marked = replace(guest.bucket, secret_access_key=Secret("CANARY"))
     with pytest.raises(StoreUnwell) as caught:
-        GuestStore(marked, terms(retry_s=0.01)).deliver(make_file(), "job-7", "video.mp4")
+        GuestStore(marked, terms(retry_s=0.01)).deliver([make_file()], "job-7")
     assert caught.value.sentence == f"the store did not answer; {FOLDER}/video.mp4 was not stored"
     assert not (tmp_path / "outbox").exists()
     assert "CANARY" not in caplog.text

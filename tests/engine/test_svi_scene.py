@@ -1,18 +1,13 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from engine.chain_state import ChainState
-from engine.profiles import PROFILES
-from engine.svi_scene import read_scene, scene_size
+from engine.svi_scene import read_scene
 from schemas.errors import InvalidInput
 from schemas.input_schema import parse_request
-from tests.engine.svi_parts import noise, picture
+from tests.engine.svi_parts import picture
 
-PROFILE = replace(PROFILES["wan_2_2_i2v_lightning_svi_3_3"], min_side=32)
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 
 
@@ -77,29 +72,6 @@ def test_prefix_gives_the_pixel_layouts_its_last_frames_as_start():
     assert torch.equal(found.given.start, scene({"image_start": past[8:]}).given.start)
 
 
-@pytest.mark.parametrize(
-    ("fields", "pictures", "size"),
-    [
-        ({"resolution": "96x64"}, {"image_start": GREY}, (64, 96)),
-        ({}, {"image_start": Image.new("RGB", (1664, 960))}, (480, 832)),
-        ({}, {"image_start": Image.new("RGB", (960, 1664))}, (832, 480)),
-        ({}, {"image_refs": [GREY]}, (624, 624)),
-        ({}, {"prefix_video": [GREY] * 9}, (624, 624)),
-    ],
-)
-def test_size_is_as_asked_or_from_the_aspect_of_what_comes_first(fields, pictures, size):
-    assert scene_size(request(**fields), pictures, None, PROFILE) == size
-
-
-def test_size_is_the_states_where_the_request_names_none():
-    state = ChainState(noise(1, height=8, width=12), 0, 1, bytes(32))
-
-    assert scene_size(request(), {"image_start": GREY}, state, PROFILE) == (64, 96)
-    assert scene_size(request(resolution="32x32"), {"image_start": GREY}, state, PROFILE) == (32, 32)
-
-
 def test_nothing_to_start_on_is_refused():
-    with pytest.raises(InvalidInput, match="image_start: is missing"):
-        scene_size(request(), {}, None, PROFILE)
     with pytest.raises(InvalidInput, match="image_start: is missing"):
         scene({})
