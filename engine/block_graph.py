@@ -8,12 +8,10 @@ Dynamo would have guarded is compared by `CompiledBlocks`: shapes, strides, type
 """
 
 import logging
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotReadyError
-from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -24,15 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.artefacts import Artefacts
 from engine.shadow import Specs, fakes, shadow
+from engine.turns import short_turns
 
 log = logging.getLogger(__name__)
 
 Backend = str | Callable[..., Any]
 """Of torch.compile."""
 
-# Every operator gives the interpreter away and asks for it back, and a thread that computes may keep it for a whole
-# interval. With a free core for each, an operator beside it took 650 us instead of 3 at Python's 5 ms, and 40 at 0.2.
-TURN_S = 0.0002
 _POOL_LOCK = threading.Lock()
 POOL_READY_S = 20.0  # the compiler's worker processes import torch first; without them kernels are made one by one
 
@@ -97,7 +93,7 @@ class BlockGraph:
     def _work(self) -> None:
         started = time.monotonic()
         try:
-            with _short_turns():
+            with short_turns():
                 was_loaded = self.kept is not None and self.kept.load()
                 if not was_loaded:
                     _wait_for_workers(self._device)
@@ -182,31 +178,6 @@ def _wait_for_workers(device: torch.device) -> None:
         AsyncCompile.wait_pool_ready(POOL_READY_S)
     except NotReadyError:
         log.warning("the compiler's worker processes are not up after %.0f s; compiling without them", POOL_READY_S)
-
-
-class _Turns:
-    """How many compilers work now, and the interval that was there before the first of them."""
-
-    lock = threading.Lock()
-    compilers = 0
-    before_s = 0.0
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Let threads take turns more often while something is compiled behind; see TURN_S."""
-    with _Turns.lock:
-        if _Turns.compilers == 0:
-            _Turns.before_s = sys.getswitchinterval()
-            sys.setswitchinterval(min(TURN_S, _Turns.before_s))
-        _Turns.compilers += 1
-    try:
-        yield
-    finally:
-        with _Turns.lock:
-            _Turns.compilers -= 1
-            if _Turns.compilers == 0:
-                sys.setswitchinterval(_Turns.before_s)
 
 
 def _flat(args: tuple[Any, ...]) -> list[Tensor]:

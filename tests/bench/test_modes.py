@@ -9,7 +9,7 @@ import pytest
 
 from bench import modes
 from bench.modes import Visit, line, wrong
-from engine import video
+from engine import mp4
 
 
 class ChangingCrf:
@@ -23,7 +23,7 @@ class ChangingCrf:
 
 
 def test_modes_take_turns_and_come_back(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "CRF", ChangingCrf())
+    monkeypatch.setattr(mp4, "CRF", ChangingCrf())
     told = tmp_path / "modes.json"
     asked = ["--small", "--rounds", "2", "--precision", "bf16", "--twins", str(twins), "--json", str(told)]
     monkeypatch.setattr(sys, "argv", ["bench.modes", *asked])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engine import block_graph
 from engine.block_graph import BlockGraph
 from engine.linear8 import replace_linears
 from engine.shadow import describe
+from engine.turns import TURN_S
 from tests.engine.tiny_wan import make_wan, wan_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,24 +104,8 @@ def test_threads_take_short_turns_only_while_something_is_compiled():
         return graph.forward
 
     compiled(Block(1), backend)
-    assert seen == [pytest.approx(block_graph.TURN_S)]
+    assert seen == [pytest.approx(TURN_S)]
     assert sys.getswitchinterval() == before
-
-
-def test_overlapping_compilers_give_the_interval_back_once():
-    before, gate = sys.getswitchinterval(), threading.Event()
-    first = threading.Thread(target=lambda: _in_turn(gate))
-    first.start()
-    with block_graph._short_turns():
-        gate.set()
-        first.join()
-        assert sys.getswitchinterval() == pytest.approx(block_graph.TURN_S)
-    assert sys.getswitchinterval() == before
-
-
-def _in_turn(gate: threading.Event) -> None:
-    with block_graph._short_turns():
-        assert gate.wait(10)
 
 
 @pytest.mark.soak

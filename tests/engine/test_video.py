@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,12 +21,16 @@ import pytest
 import engine.video as video_module
 from engine.boxes import Box, check_streamable, top_boxes
 from engine.geometry import VideoShape
+from engine.h264 import Decoded, Packet, decode_packets
+from engine.mp4 import Mp4, as_encoding_failed, converted
 from engine.outputs import Frames
-from engine.video import QUEUE_CHUNKS, probe, verify, write_mp4
+from engine.turns import TURN_S
+from engine.video import QUEUE_CHUNKS, verify, write_mp4
 from schemas.errors import BadOutput, Cancelled, DiskFull, EncodingFailed
 
 ROOT = Path(__file__).parents[2]
 SHAPE = VideoShape(17, 64, 96)
+THREADS = ("colours", "encoder", "decoder")
 
 
 def pictures(shape: VideoShape = SHAPE, seed: int = 0) -> np.ndarray:
@@ -76,12 +81,13 @@ def test_write_mp4_gives_exactly_the_frames_size_and_rate_asked_for(tmp_path, sh
 
 def test_write_mp4_makes_what_every_browser_plays(tmp_path):
     file = write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
-    found = probe(file.path)
-    assert (found.codec, found.pix_fmt, found.color) == ("h264", "yuv420p", (1, 1, 1, 1))
     kinds = [box.kind for box in top_boxes(file.path)]
     assert [kind for kind in kinds if kind != "free"] == ["ftyp", "moov", "mdat"]
     with av.open(str(file.path)) as container:
         stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert (context.color_range, context.color_primaries, context.color_trc, context.colorspace) == (1, 1, 1, 1)
         assert stream.average_rate == stream.guessed_rate == Fraction(16)
         assert stream.sample_aspect_ratio in (None, 1)
         assert stream.codec_context.profile in ("High", "Main", "Constrained Baseline")
@@ -174,7 +180,7 @@ def test_write_mp4_lets_the_decoders_exception_through_and_removes_the_file(tmp_
     assert caught.value is error
     assert closed == [True]
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("encoder", "colours"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
 
 
 def test_write_mp4_streams(tmp_path):
@@ -195,17 +201,17 @@ def test_write_mp4_streams(tmp_path):
     assert most <= QUEUE_CHUNKS + 3
 
 
-def test_write_mp4_converts_and_encodes_while_the_decoder_works(tmp_path):
+def test_write_mp4_converts_encodes_and_checks_while_the_frames_come(tmp_path):
     threads = set()
 
     def watching():
         for chunk in chunks(pictures()):
-            threads.update(t.name for t in threading.enumerate() if t.name.startswith(("encoder", "colours")))
+            threads.update(t.name for t in threading.enumerate() if t.name.startswith(THREADS))
             yield chunk
 
     write_mp4(Frames(watching(), SHAPE, 16), tmp_path / "video.mp4")
-    assert threads == {"colours_0", "encoder_0"}
-    assert not [t for t in threading.enumerate() if t.name.startswith(("encoder", "colours"))]
+    assert threads == {"colours_0", "encoder_0", "decoder_0"}
+    assert not [t for t in threading.enumerate() if t.name.startswith(THREADS)]
 
 
 def test_write_mp4_fails_cleanly_without_its_folder(tmp_path):
@@ -248,13 +254,61 @@ def test_write_mp4_notices_a_disk_that_lies(tmp_path, monkeypatch, lie, words):
 
 
 def test_write_mp4_verifies_what_the_encoder_made(tmp_path, monkeypatch):
-    """An encoder that writes a good file of other frames."""
-    darker, other = pictures() // 2, tmp_path / "other"
-    write_mp4(frames_of(darker), other)
-    monkeypatch.setattr(video_module._Mp4, "finish", lambda _self: other.read_bytes())
+    """An encoder that was given other frames."""
+
+    def darker(chunk):
+        return [(frame, luma) for (frame, _), (_, luma) in zip(converted(chunk // 2), converted(chunk), strict=True)]
+
+    monkeypatch.setattr(video_module, "converted", darker)
     with pytest.raises(EncodingFailed, match="does not show the frames it was given"):
         write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_mp4_refuses_a_file_of_other_packets_than_were_decoded(tmp_path, monkeypatch):
+    """A muxer that writes a good file of frames like those it was given."""
+    alike, other, finish = pictures() ^ 1, tmp_path / "other", Mp4.finish
+    write_mp4(frames_of(alike), other)
+
+    def finish_other(mp4):
+        finish(mp4)
+        return other.read_bytes()
+
+    monkeypatch.setattr(Mp4, "finish", finish_other)
+    with pytest.raises(EncodingFailed, match="its packets are not those that were decoded"):
+        write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("at", [0, 8, 16])
+def test_write_mp4_fails_cleanly_when_the_encoder_tears_a_packet(tmp_path, monkeypatch, at):
+    packets = Mp4.packets
+
+    def torn(mp4):
+        for i, packet in enumerate(packets(mp4)):
+            half = len(packet.content) // 2
+            yield packet._replace(content=packet.content[:half] + bytes(half)) if i == at else packet
+
+    monkeypatch.setattr(Mp4, "packets", torn)
+    with pytest.raises(EncodingFailed, match=r"could not be decoded: InvalidDataError|the number of decoded frames is"):
+        write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+
+
+def test_write_mp4_lets_threads_take_short_turns_until_it_ends(tmp_path):
+    before, seen = sys.getswitchinterval(), []
+
+    def watching():
+        for chunk in chunks(pictures()):
+            seen.append(sys.getswitchinterval())
+            yield chunk
+
+    write_mp4(Frames(watching(), SHAPE, 16), tmp_path / "video.mp4")
+    assert seen == [pytest.approx(TURN_S)] * 5
+    with pytest.raises(BadOutput):
+        write_mp4(Frames(iter(()), SHAPE, 16), tmp_path / "video.mp4")
+    assert sys.getswitchinterval() == before
 
 
 @contextmanager
@@ -279,12 +333,12 @@ def test_write_mp4_fails_cleanly_on_a_disk_that_fills_anywhere(tmp_path):
         assert list(tmp_path.iterdir()) == [], limit
     with largest_file(2 * whole):
         write_mp4(frames_of(pictures(shape)), path)
-    assert probe(path).shape == shape
+    assert decoded(path, "yuv420p").shape == (33, 192, 192)  # 4:2:0: 128 rows of Y, 32 and 32 of U and V
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_to_be_full(number):
-    with pytest.raises(DiskFull, match="the worker's disk is full"), video_module._as_encoding_failed("written"):
+    with pytest.raises(DiskFull, match="the worker's disk is full"), as_encoding_failed("written"):
         raise OSError(number, os.strerror(number))
 
 
@@ -317,7 +371,7 @@ def test_write_mp4_names_no_unfinished_file_when_the_process_is_killed(tmp_path,
     child.stdout.close()
     for path in tmp_path.glob("*.mp4"):
         if not path.name.startswith("."):
-            assert probe(path).shape == (17, 128, 192)
+            assert len(decoded(path, "yuv420p")) == 17
 
 
 def test_video_module_imports_nothing_heavy():
@@ -427,7 +481,8 @@ def patched_files(whole: bytes) -> dict[str, bytes]:
     mdat = box(whole, b"mdat")
     frames_at = [mdat + (len(whole) - mdat) * i // 8 for i in range(8)]
     boxes = {
-        name: box(whole, name.encode()) for name in ("moov", "stts", "stsz", "stco", "avcC", "mdhd", "tkhd", "ftyp")
+        name: box(whole, name.encode())
+        for name in ("moov", "stts", "stsz", "stco", "avcC", "mdhd", "tkhd", "ftyp", "elst")
     }
     return {
         **{f"hole of 512 zeros at {at}": patched(whole, at, bytes(512)[: len(whole) - at]) for at in frames_at},
@@ -454,6 +509,9 @@ def patched_files(whole: bytes) -> dict[str, bytes]:
         ),
         "first time of zero": patched(whole, boxes["stts"] + 12, bytes(4)),
         "parameters gone": patched(whole, boxes["avcC"], bytes(24)),
+        "lengths of 3 bytes": patched(whole, boxes["avcC"] + 4, b"\xfe"),
+        "first two frames not shown": patched(whole, boxes["elst"] + 12, (4 * 1024).to_bytes(4, "big")),
+        "last frame not shown": patched(whole, boxes["elst"] + 8, (1000).to_bytes(4, "big")),
     }
 
 
@@ -502,26 +560,89 @@ def given_luma(video: np.ndarray) -> tuple[float, ...]:
     return tuple(float(16 + 219 * (frame / 255 @ (0.2126, 0.7152, 0.0722)).mean()) for frame in video)
 
 
-def test_verify_accepts_no_damaged_or_foreign_file(tmp_path):
-    video = pictures()
-    luma = given_luma(video)
-    whole = encoded(tmp_path / "whole", video).read_bytes()
-    path = tmp_path / "video.mp4"
-    path.write_bytes(whole)
-    assert verify(path, SHAPE, 16, luma).shape == SHAPE  # so that what follows is refused for its damage alone
+def packets_of(path: Path):
+    """Of an H.264 file in a box format, whatever else is wrong with it."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.size:
+                yield Packet.of(packet, bytes(packet), stream.codec_context.extradata or b"")
 
-    damaged = cut_files(whole) | patched_files(whole) | torn_frames(tmp_path / "whole")
-    damaged |= foreign_files(tmp_path, video)
+
+def accepts(path: Path, luma: tuple[float, ...], expected: Decoded | None = None) -> bool:
+    """Whether `verify` takes it for the file of `expected`; None: of its own packets, which is to decode it whole."""
+    try:
+        with as_encoding_failed("decoded"):
+            decoded = expected or decode_packets(packets_of(path))
+        verify(path, SHAPE, 16, luma, decoded)
+    except EncodingFailed:
+        return False
+    return True
+
+
+def damaged_files(folder: Path) -> dict[str, bytes]:
+    whole = encoded(folder / "whole", pictures()).read_bytes()
+    return cut_files(whole) | patched_files(whole) | torn_frames(folder / "whole") | foreign_files(folder, pictures())
+
+
+def test_verify_accepts_no_damaged_or_foreign_file_were_its_packets_those_decoded(tmp_path):
+    luma, path = given_luma(pictures()), tmp_path / "video.mp4"
+    damaged = damaged_files(tmp_path)
+    assert accepts(tmp_path / "whole", luma)  # so that what follows is refused for its damage alone
     accepted = []
     for name, content in damaged.items():
         path.write_bytes(content)
-        try:
-            verify(path, SHAPE, 16, luma)
-        except EncodingFailed:
-            continue
-        accepted.append(name)
+        accepted += [name] * accepts(path, luma)
     assert len(damaged) >= 60
     assert accepted == []
+
+
+def test_verify_accepts_no_damaged_or_foreign_file_for_the_packets_decoded(tmp_path):
+    luma, path = given_luma(pictures()), tmp_path / "video.mp4"
+    damaged, whole = damaged_files(tmp_path), (tmp_path / "whole").read_bytes()
+    expected = decode_packets(packets_of(tmp_path / "whole"))
+    damaged |= {
+        "other frames alike": encoded(path, pictures() ^ 1).read_bytes(),
+        "one bit": patched(whole, len(whole) - 9, bytes([whole[-9] ^ 1])),
+        "another profile in the index": patched(whole, box(whole, b"avcC") + 1, b"\x64\x01"),
+    }
+    assert accepts(tmp_path / "whole", luma, expected)
+    accepted = []
+    for name, content in damaged.items():
+        path.write_bytes(content)
+        accepted += [name] * accepts(path, luma, expected)
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda d: replace(d, frames=d.frames[:-1]), "the number of decoded frames is 16, not 17"),
+        (lambda d: replace(d, frames=d.frames[:9] + d.frames[8:]), "the number of decoded frames is 18, not 17"),
+        (lambda d: looking(d, time_s=Fraction(81, 160)), "frame 8 is not at its time"),
+        (lambda d: looking(d, pix_fmt="yuv422p"), "what was decoded is"),
+        (lambda d: looking(d, color=(2, 1, 1, 1)), "what was decoded is"),
+        (lambda d: looking(d, height=80), "what was decoded is"),
+        (lambda d: looking(d, width=80), "what was decoded is"),
+        (lambda d: looking(d, luma=d.frames[8].luma + 3.5), "does not show the frames it was given"),
+        (lambda d: replace(d, sha256s=d.sha256s[:-1]), "its packets are not those that were decoded"),
+        (lambda d: replace(d, sha256s=d.sha256s[::-1]), "its packets are not those that were decoded"),
+        (lambda d: replace(d, sha256s=(*d.sha256s, b"")), "its packets are not those that were decoded"),
+    ],
+)
+def test_verify_refuses_a_good_file_for_what_was_decoded(tmp_path, wrong, words):
+    path = encoded(tmp_path / "video.mp4", pictures())
+    good = decode_packets(packets_of(path))
+    with pytest.raises(EncodingFailed, match=words):
+        verify(path, SHAPE, 16, given_luma(pictures()), wrong(good))
+
+
+def looking(decoded: Decoded, **changed) -> Decoded:
+    frames = list(decoded.frames)
+    frames[8] = frames[8]._replace(**changed)
+    return replace(decoded, frames=tuple(frames))
 
 
 @pytest.mark.parametrize(
@@ -534,7 +655,7 @@ def test_verify_accepts_no_damaged_or_foreign_file(tmp_path):
         ),
         ({"fps": 15}, pictures(), "frame rate is 15, not 16"),
         ({"times": lambda i: i * 10 + (i == 8)}, pictures(), "frame 8 is not at its time"),
-        ({"last_s": 1}, pictures(), "frame 1 is not at its time"),  # 17 frames in 2 s are 8.5 fps
+        ({"last_s": 1}, pictures(), "frame rate is 17/2, not 16"),  # 17 frames in 2 s
         ({"pix_fmt": "yuv444p"}, pictures(), "pixel format is yuv444p, not yuv420p"),
         ({"colorspace": 6}, pictures(), r"colour is \(1, 1, 1, 6\), not \(1, 1, 1, 1\)"),
         ({"codec": "mpeg4"}, pictures(), "codec is mpeg4, not h264"),
@@ -546,33 +667,23 @@ def test_verify_accepts_no_damaged_or_foreign_file(tmp_path):
 )
 def test_verify_says_what_differs(tmp_path, choices, video, words):
     path = encoded(tmp_path / "video.mp4", video, **choices)
+    whole = path if "codec" not in choices else encoded(tmp_path / "whole", video)
     with pytest.raises(EncodingFailed, match=words):
-        verify(path, SHAPE, 16, given_luma(pictures()))
-
-
-def test_probe_names_no_path_in_its_error(tmp_path):
-    with pytest.raises(EncodingFailed) as caught:
-        probe(tmp_path / "absent.mp4")
-    assert caught.value.sentence == "the video could not be read back: No such file or directory"
-    (tmp_path / "text.mp4").write_text("not a video")
-    with pytest.raises(EncodingFailed) as caught:
-        probe(tmp_path / "text.mp4")
-    assert caught.value.sentence == "the video could not be read back: InvalidDataError"
-
-
-def test_write_mp4_makes_the_same_bytes_of_the_same_frames(tmp_path):
-    """Where the processor has AVX-512, x264's code for it made others 5 to 42 times in 300."""
-    frames = np.random.default_rng(0).normal(128, 60, (9, 64, 96, 3)).clip(0, 255).astype(np.uint8)
-    made = {write_mp4(frames_of(frames), tmp_path / f"{i}.mp4").sha256 for i in range(100)}
-    assert len(made) == 1
+        verify(path, SHAPE, 16, given_luma(pictures()), decode_packets(packets_of(whole)))
 
 
 @pytest.mark.parametrize(
-    ("flags", "options"), [("flags : sse2 avx2 avx512f bmi2", {"x264-params": "asm=avx2"}), ("flags : sse2 avx2", {})]
+    ("content", "words"),
+    [
+        (None, "No such file or directory"),
+        (b"not a video", "box 'a vi' at 0 has 1852797984 bytes, but the file ends at 11"),
+        (b"".join((8).to_bytes(4, "big") + kind for kind in (b"ftyp", b"moov", b"mdat")), "InvalidDataError"),
+    ],
+    ids=["absent", "text", "empty boxes"],
 )
-def test_x264_leaves_out_avx512_and_nothing_else(flags, options, tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(flags)
-    monkeypatch.setattr(video_module, "CPUINFO", tmp_path / "cpuinfo")
-    assert video_module._repeatable.__wrapped__() == options
-    (tmp_path / "cpuinfo").unlink()
-    assert video_module._repeatable.__wrapped__() == {}
+def test_verify_names_no_path_in_its_error(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "video.mp4").write_bytes(content)
+    with pytest.raises(EncodingFailed) as caught:
+        verify(tmp_path / "video.mp4", SHAPE, 16, (), Decoded((), ()))
+    assert caught.value.sentence == f"the video could not be read back: {words}"
