@@ -56,14 +56,18 @@ def tables(angles: Tensor) -> tuple[Tensor, Tensor]:
     return twice.cos().float(), twice.sin().float()
 
 
-def check(made: tuple[Tensor, Tensor], wanted: Tensor) -> None:
-    """Values of -448 ... 448 and a scale a row, before the values are rounded to 8 bits."""
+def check(made: tuple[Tensor, Tensor], wanted: Tensor, computed_at: Tensor | None = None) -> None:
+    """Values of -448 ... 448 and a scale a row, before the values are rounded to 8 bits.
+
+    `computed_at`: numbers of the size at which sums were rounded, where that is not the result's.
+    """
     values, scale = made
     largest = wanted.abs().amax(-1, keepdim=True)
+    error = FP32 * (largest if computed_at is None else computed_at.double().abs().amax(-1, keepdim=True))
     assert (values.dtype, scale.shape) == (torch.float32, (wanted.shape[0], 1))
     assert values.abs().max() <= 448.0
-    assert ((scale.double() * 448 - largest).abs() <= FP32 * largest).all()
-    assert ((values.double() * scale.double() - wanted).abs() <= FP32 * largest).all()
+    assert ((scale.double() * 448 - largest).abs() <= error).all()
+    assert ((values.double() * scale.double() - wanted).abs() <= error).all()
 
 
 @pytest.fixture
@@ -137,7 +141,7 @@ def test_norm_rotate_lets_no_other_row_see_one_that_is_not_finite(bad):
 @pytest.mark.usefixtures("wide")
 def test_gelu_round_scales_gelu(rows, width):
     x = draw(rows, width).bfloat16()
-    check(rounding_triton.gelu_round(x), exact_gelu(x))
+    check(rounding_triton.gelu_round(x), exact_gelu(x), x)  # 1 + tanh of a negative number is small
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -269,7 +273,7 @@ def test_self_test_accepts_the_kernels(monkeypatch):
         ("* spread * weight", "* spread"),
         ("if has_gate:", "if has_gate and not has_gate:"),
         ("(value + added)", "(value)"),
-        ("tl.exp2(-value", "tl.exp2(value"),
+        ("half = 0.5 * value", "half = -0.5 * value"),
         ("largest / limit)", "limit / largest)"),
         ("out_at.dtype.element_ty), mask=inside", "out_at.dtype.element_ty), mask=columns < width - 1"),
         ("tl.sum(value * value, axis=0) / width", "tl.sum(value * value, axis=0) / block"),
