@@ -55,19 +55,7 @@ def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     those of a FastDecoder equal it but for the rounding of its sums. The causal features live in this iterator, not
     in the VAE: leaving it early leaves nothing behind. Tiles are engine.tiled_decode's; the VAE's own are not used.
     """
-    raw = denormalise(vae, latents.to(vae.device)).to(vae.dtype)
-    if isinstance(vae, FastDecoder):
-        yield from vae.decode(raw)
-        return
-    features = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-    hidden = vae.post_quant_conv(raw)
-    for i in range(hidden.shape[2]):
-        chunk = vae.decoder(
-            hidden[:, :, i : i + 1], feat_cache=features, feat_idx=[0], first_chunk=i == 0
-        )  # (1, 3, 1 or 4, H, W)
-        if vae.config.patch_size is not None:
-            chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
-        yield chunk.clamp(-1.0, 1.0)
+    yield from _decode_raw(vae, _raw(vae, latents))
 
 
 def decode_end_single(vae: Any, latents: Tensor) -> Iterator[Tensor]:
@@ -81,8 +69,28 @@ def decode_end_single(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     """
     if latents.shape[2] < 2:
         raise ValueError(f"{latents.shape[2]} latent frames: a single-picture end needs at least 2")
-    yield from decode_chunks(vae, latents[:, :, :-1])
-    yield from decode_chunks(vae, latents[:, :, -1:])
+    raw = _raw(vae, latents)  # all at once: going to the card waits for all that it does, here for nothing
+    yield from _decode_raw(vae, raw[:, :, :-1])
+    yield from _decode_raw(vae, raw[:, :, -1:])
+
+
+def _raw(vae: Any, latents: Tensor) -> Tensor:
+    return denormalise(vae, latents.to(vae.device)).to(vae.dtype)
+
+
+def _decode_raw(vae: Any, raw: Tensor) -> Iterator[Tensor]:
+    if isinstance(vae, FastDecoder):
+        yield from vae.decode(raw)
+        return
+    features = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    hidden = vae.post_quant_conv(raw)
+    for i in range(hidden.shape[2]):
+        chunk = vae.decoder(
+            hidden[:, :, i : i + 1], feat_cache=features, feat_idx=[0], first_chunk=i == 0
+        )  # (1, 3, 1 or 4, H, W)
+        if vae.config.patch_size is not None:
+            chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+        yield chunk.clamp(-1.0, 1.0)
 
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from engine.outputs import Frames, MediaFile
 from engine.turns import short_turns
 from schemas.errors import BadOutput, EncodingFailed
 
+CONVERTERS = 2  # threads: 4 ms a frame of 832x480 is half of what a card takes for it, and frames come in eights
 QUEUE_CHUNKS = 2  # chunks that wait for the encoder; a chunk is 4 frames, 5 MB at 832x480
 MAX_LUMA_SHIFT = 3.0  # levels between a frame's mean Y as given and as decoded; crf 18 moves it by < 0.5
 
@@ -45,9 +46,9 @@ class Probe:
 def write_mp4(frames: Frames, path: Path) -> MediaFile:
     """Encode frames while they are decoded, check the file, and only then give it the name `path`.
 
-    The iterator runs in the calling thread; conversion, encoder and the decoder that checks in one each, a few
-    chunks behind. A chunk must not be written to after it was handed out. On any failure nothing is left on the
-    disk. The same frames give the same bytes.
+    The iterator runs in the calling thread; conversion in two others, the encoder and the decoder that checks in one
+    each, a few chunks behind. A chunk must not be written to after it was handed out. On any failure nothing is left
+    on the disk. The same frames give the same bytes.
 
     Raises:
         BadOutput: the frames are not what was promised, or show nothing, or a side is odd (4:2:0 needs even).
@@ -72,7 +73,8 @@ def _encode(frames: Frames, mp4: Mp4) -> bytes:
     check = FrameCheck(frames.shape)
     waiting: deque[Future[None]] = deque()
     with ExitStack() as stack:
-        converter, encoder = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("colours", "encoder"))
+        converter = ThreadPoolExecutor(CONVERTERS, thread_name_prefix="colours")
+        encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         stack.callback(encoder.shutdown, cancel_futures=True)
         stack.callback(converter.shutdown, cancel_futures=True)
         for chunk in frames.chunks:
