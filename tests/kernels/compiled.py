@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import passes_triton, rounding_triton, text_attention_triton
+from engine import passes_triton, rounding_triton, text_attention_triton, widening_triton
 
 AMPERE, ADA, HOPPER = 80, 89, 90
 PIXELS = {"channels": 96, "block": 128, "tile": 16}
@@ -56,6 +56,7 @@ if __name__ == "__main__":
         for kernel, constants in PASSES:
             compile_for(card, kernel, constants, NUMBERS)
     for card in (ADA, HOPPER):  # the first with fp8
+        compile_for(card, widening_triton._widen_kernel, {"width": 5120, "block": 8192}, ROUNDINGS_TYPES)
         for kernel, constants in ROUNDINGS:
             compile_for(card, kernel, constants, ROUNDINGS_TYPES)
         for (kernel, constants), types in zip(TEXT_ATTENTION, TEXT_ATTENTION_TYPES, strict=True):
