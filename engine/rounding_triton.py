@@ -1,8 +1,14 @@
-"""The kernels of engine.rounding: one program a row, the row in registers.
+"""The kernels of engine.rounding: the row in registers, read once, computed once, written once.
+
+Most are a program a row. That of the norms is a few programs a multiprocessor, each taking every so-many-th row:
+weight and bias stay in its registers, where a program a row would read twice as many bytes of them as of the row, and
+the next row is on its way while one is computed. At the clock that an H200 keeps at its power limit that is 0.44 ms in
+place of 0.56 for 34,320 rows of 5,120 with a residual sum, and 0.20 in place of 0.31 without.
 
 Imported on a card, and by tests/kernels, which runs them in Triton's interpreter.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,29 +20,27 @@ from engine.linear8 import KINDS, SMALLEST_AMAX
 
 FP8 = KINDS["fp8"]
 ELEMENTS_A_THREAD = 128
+ELEMENTS_A_NORM_THREAD = 64  # beside two parameters of each
+NORMS_A_MULTIPROCESSOR = 2  # programs: all that its registers hold
 THREADS_A_WARP = 32
 
 
 @triton.jit
-def _store_rounded(value: tl.tensor, inside: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor,
-                   row: tl.tensor, columns: tl.tensor, width: tl.constexpr, smallest: tl.constexpr,
-                   limit: tl.constexpr) -> None:  # fmt: skip
+def _store_rounded(value: tl.tensor, inside: tl.tensor, values_at: tl.tensor, scale_at: tl.tensor,
+                   smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
     largest = tl.max(tl.where(inside, tl.abs(value), 0.0), axis=0)
     largest = tl.maximum(largest, smallest)
-    rounded = tl.minimum(tl.maximum(value * (limit / largest), -limit), limit)  # one division a row
-    rounded = tl.where(value == value, rounded, value)  # a NaN stays one
-    tl.store(values_at + row * width + columns, rounded.to(values_at.dtype.element_ty), mask=inside)
-    tl.store(scales_at + row, largest / limit)
+    rounded = value * (limit / largest)  # one division a row; what is a bit above the limit is rounded to it
+    tl.store(values_at, rounded.to(values_at.dtype.element_ty), mask=inside)
+    tl.store(scale_at, largest / limit)
 
 
 @triton.jit
-def _norm(value: tl.tensor, inside: tl.tensor, weight_at: tl.tensor, bias_at: tl.tensor, columns: tl.tensor,
-          width: tl.constexpr, eps: tl.constexpr) -> tl.tensor:  # fmt: skip
+def _norm(value: tl.tensor, inside: tl.tensor, weight: tl.tensor, bias: tl.tensor, width: tl.constexpr,
+          eps: tl.constexpr) -> tl.tensor:  # fmt: skip
     mean = tl.sum(value, axis=0) / width
     centred = tl.where(inside, value - mean, 0.0)
     spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    weight = tl.load(weight_at + columns, mask=inside, other=0.0)
-    bias = tl.load(bias_at + columns, mask=inside, other=0.0)
     return centred * spread * weight + bias
 
 
@@ -53,8 +57,9 @@ def _plain_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.ten
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
-    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+    here = row * width + columns
+    value = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
+    _store_rounded(value, inside, values_at + here, scales_at + row, smallest, limit)
 
 
 @triton.jit
@@ -63,33 +68,47 @@ def _gelu_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tens
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
-    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    here = row * width + columns
+    value = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
     # torch's gelu(approximate="tanh"), with the card's own tanh. That errs by 2**-11, an eighth of what the rounding to
     # three bits does; a sigmoid is two such operations, and their rate, not memory, was what the kernel waited for.
     bent = _tanh(value * (0.7978845608028654 + 0.035677408136300125 * value * value))
     half = 0.5 * value
     value = half * bent + half
-    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+    _store_rounded(value, inside, values_at + here, scales_at + row, smallest, limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_round_kernel(x_at: tl.tensor, added_at: tl.tensor, gate_at: tl.tensor, weight_at: tl.tensor,
                        bias_at: tl.tensor, sum_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tensor,
-                       width: tl.constexpr, block: tl.constexpr, eps: tl.constexpr, has_added: tl.constexpr,
-                       has_gate: tl.constexpr, smallest: tl.constexpr, limit: tl.constexpr) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+                       rows: tl.tensor, width: tl.constexpr, block: tl.constexpr, eps: tl.constexpr,
+                       has_added: tl.constexpr, has_gate: tl.constexpr, smallest: tl.constexpr,
+                       limit: tl.constexpr) -> None:  # fmt: skip
+    first, step = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, block)
     inside = columns < width
-    value = tl.load(x_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_at + columns, mask=inside, other=0.0)
+    bias = tl.load(bias_at + columns, mask=inside, other=0.0)
+    here = first.to(tl.int64) * width  # where a row begins
+    x = tl.load(x_at + here + columns, mask=inside, other=0.0)
     if has_added:
-        added = tl.load(added_at + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        if has_gate:
-            added = added * tl.load(gate_at + columns, mask=inside, other=0.0)
-        total = (value + added).to(sum_at.dtype.element_ty)
-        tl.store(sum_at + row * width + columns, total, mask=inside)
-        value = total.to(tl.float32)
-    value = _norm(value, inside, weight_at, bias_at, columns, width, eps)
-    _store_rounded(value, inside, values_at, scales_at, row, columns, width, smallest, limit)
+        added = tl.load(added_at + here + columns, mask=inside, other=0.0)
+    for row in range(first, rows, step):
+        value = x.to(tl.float32)
+        there = here + step.to(tl.int64) * width
+        follows = inside & (row + step < rows)
+        x = tl.load(x_at + there + columns, mask=follows, other=0.0)
+        if has_added:
+            more = added.to(tl.float32)
+            added = tl.load(added_at + there + columns, mask=follows, other=0.0)
+            if has_gate:  # in no register: with it they would hold one program less
+                more = more * tl.load(gate_at + columns, mask=inside, other=0.0)
+            total = (value + more).to(sum_at.dtype.element_ty)
+            tl.store(sum_at + here + columns, total, mask=inside)
+            value = total.to(tl.float32)
+        value = _norm(value, inside, weight, bias, width, eps)
+        _store_rounded(value, inside, values_at + here + columns, scales_at + row, smallest, limit)
+        here = there
 
 
 @triton.jit
@@ -163,7 +182,7 @@ def _normalise(
     eps: float,
 ) -> None:
     rows, width = x.shape
-    _norm_round_kernel[(rows,)](
+    _norm_round_kernel[(min(rows, _norm_programs(x.device)),)](
         x,
         x if added is None else added,  # some address: not read without has_added
         weight if gate is None else gate,
@@ -172,6 +191,7 @@ def _normalise(
         x if total is None else total,
         values,
         scales,
+        rows,
         width,
         _block(width),
         eps,
@@ -179,7 +199,7 @@ def _normalise(
         gate is not None,
         SMALLEST_AMAX,
         FP8.limit,
-        num_warps=_warps(width),
+        num_warps=_warps(width, ELEMENTS_A_NORM_THREAD),
     )
 
 
@@ -192,5 +212,12 @@ def _block(width: int) -> int:
     return block
 
 
-def _warps(width: int) -> int:
-    return max(1, min(16, _block(width) // (ELEMENTS_A_THREAD * THREADS_A_WARP)))
+def _warps(width: int, elements_a_thread: int = ELEMENTS_A_THREAD) -> int:
+    return max(1, min(16, _block(width) // (elements_a_thread * THREADS_A_WARP)))
+
+
+@cache
+def _norm_programs(device: torch.device) -> int:
+    """The interpreter, which has no card, plays one of a single multiprocessor."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return count * NORMS_A_MULTIPROCESSOR

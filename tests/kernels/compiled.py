@@ -35,7 +35,7 @@ TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
 ]  # fmt: skip
 NUMBERS = {"pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
-ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv"}
+ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv", "rows": "i32"}
 TEXT_ATTENTION_TYPES = [
     {"key_at": "*i16", "value_at": "*i16", "count_at": "*i32"},
     {"count_at": "*i32", "tokens": "i32"},

@@ -65,7 +65,7 @@ def check(made: tuple[Tensor, Tensor], wanted: Tensor, computed_at: Tensor | Non
     largest = wanted.abs().amax(-1, keepdim=True)
     error = FP32 * (largest if computed_at is None else computed_at.double().abs().amax(-1, keepdim=True))
     assert (values.dtype, scale.shape) == (torch.float32, (wanted.shape[0], 1))
-    assert values.abs().max() <= 448.0
+    assert values.abs().max() <= 448.0 * (1 + 2**-22)  # up to 464 rounds to 448
     assert ((scale.double() * 448 - largest).abs() <= error).all()
     assert ((values.double() * scale.double() - wanted).abs() <= error).all()
 
@@ -265,14 +265,14 @@ def test_self_test_accepts_the_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("mask=inside)\n    tl.store(scales", "mask=columns < width - 1)\n    tl.store(scales"),
-        ("tl.where(inside, tl.abs(value), 0.0)", "tl.where(columns < width // 2, tl.abs(value), 0.0)"),
+        ("mask=inside)\n    tl.store(scale_at", "mask=inside & (value < 2.5))\n    tl.store(scale_at"),
+        ("tl.where(inside, tl.abs(value), 0.0)", "tl.where(inside & (value < 0.5), tl.abs(value), 0.0)"),
         ("tl.where(inside, value - mean, 0.0)", "value - mean"),
         ("tl.where(inside, value - mean, 0.0)", "tl.where(inside, value, 0.0)"),
         ("* weight + bias", "* weight"),
         ("* spread * weight", "* spread"),
         ("if has_gate:", "if has_gate and not has_gate:"),
-        ("(value + added)", "(value)"),
+        ("(value + more)", "(value)"),
         ("half = 0.5 * value", "half = -0.5 * value"),
         ("largest / limit)", "limit / largest)"),
         ("out_at.dtype.element_ty), mask=inside", "out_at.dtype.element_ty), mask=columns < width - 1"),
@@ -284,7 +284,7 @@ def test_self_test_accepts_the_kernels(monkeypatch):
         ("row * head + columns % head", "row * head + columns * 0"),
     ],
     ids=[
-        "a column not written", "the largest of half a row", "a norm over more than the row", "no mean", "no bias",
+        "what is large not written", "the largest of the small", "a norm over more than the row", "no mean", "no bias",
         "no weight", "no gate", "no sum", "GELU the other way round", "the scale upside down",
         "a rotated column not written", "a mean square over more than the row", "no weight before the rotation",
         "a rotation the other way round", "no partner", "one row's angles", "one angle",
