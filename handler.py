@@ -72,7 +72,9 @@ def run(
 
 
 def warm_up(payload: dict[str, Any], worker: Worker) -> None:
-    """Run a request before the first caller's, which then waits for no import, load or compiler. Nothing of it is kept.
+    """Run a request before the first caller's, which then waits for no import, load or compiler.
+
+    No file of it is kept, and WORKER_DEADLINE_S does not end it.
 
     Raises:
         WorkerError: as `run`; this worker cannot do such jobs.

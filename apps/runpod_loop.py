@@ -34,10 +34,17 @@ HAND_OUT_LOOKS = 15
 
 
 def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) -> None:
-    """Take and answer jobs until the platform ends the worker or the card is lost."""
+    """Take and answer jobs until the platform ends the worker or the card is lost.
+
+    The SDK's own checks come before `checks`: by itself it would put them behind, and the last of ours may have filled
+    card and host.
+    """
     import runpod.serverless
+    from runpod.serverless.modules import rp_fitness
 
     install(jobs, limits)
+    rp_fitness._ensure_gpu_check_registered()
+    rp_fitness._ensure_system_checks_registered()
     for check in checks:
         runpod.serverless.register_fitness_check(fitness_check(check, jobs))
     runpod.serverless.start({"handler": jobs.answer})

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
     from handler import Worker, run, warm_up
     from model_handler import ModelHandler
 
-    job = _job()
+    job, begun = _job(), time.time()
     changes = job.small if args.small else {}
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(args, Path(folder))
@@ -215,19 +215,24 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
             spent.append(time.monotonic() - started)
             timings.append(response["timings_s"])
             if number == 0:
-                since_start_s, modules = time.monotonic() - args.started, _from_files()
+                since_start_s, modules = time.monotonic() - args.started, _bytecode()
         worker.models.unload_all()
     return {
         "first_s": spent[0], "warm_s": spent[1:], "since_start_s": since_start_s, "timings_s": timings[0],
         "warm_timings_s": timings[-1], "loads": worker.models.loads,
-        "modules": len(modules), "without_bytecode": sum(not Path(cached).exists() for cached in modules),
+        "modules": len(modules), "without_bytecode": len(_written_since(modules, begun)),
     }  # fmt: skip
 
 
-def _from_files() -> list[str]:
+def _bytecode() -> list[Path]:
     """Where the bytecode of each imported module is, or would be."""
     specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
-    return [spec.cached for spec in specs if spec is not None and spec.has_location and spec.cached is not None]
+    return [Path(spec.cached) for spec in specs if spec is not None and spec.has_location and spec.cached is not None]
+
+
+def _written_since(files: Iterable[Path], begun: float) -> list[Path]:
+    """Those that were not there at `begun` (time.time()): Python may have written them since."""
+    return [path for path in files if not path.exists() or path.stat().st_mtime >= begun]
 
 
 def _progress() -> Any:

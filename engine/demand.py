@@ -7,7 +7,7 @@ picture's aspect, the largest that can come out counts. Only a picture that keep
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.chain_state import unpack_state
+from engine.chain_state import motion_shape
 from engine.geometry import VAE_STRIDE_S, VideoShape, clip_lengths
 from engine.profile import Profile
 from schemas.image_schema import ImageRequest
@@ -66,7 +66,7 @@ def demand(request: Request, profile: Profile, given: Size | None = None) -> Dem
 def _of_clips(request: SviEndframeRequest, profile: Profile) -> Demand:
     height, width = request.size or (None, None)
     if request.size is None and request.state is not None:
-        latent = unpack_state(request.state).shape
+        latent = motion_shape(request.state).latent
         height, width = VAE_STRIDE_S * latent.height, VAE_STRIDE_S * latent.width
     lengths = clip_lengths(request.total_frames, request.clip_count, request.overlap)
     # Undivided, 85 frames are two short clips. They count as the longest, so that more frames never need less.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-AHEAD = 4  # chunks in flight from a card: it computes the next while the host takes these; 4.8 MB each at 832x480
+# Chunks in flight from a card: it computes the next two, which come together, while the host takes these. With more the
+# launches of a third pair wait until the card's queue has room for them, and frames that are ready wait with them.
+AHEAD = 2
 
 
 def stream_uint8(chunks: Iterable[Tensor]) -> "Iterator[np.ndarray]":

@@ -70,19 +70,17 @@ def decode_packets(packets: Iterator[Packet]) -> Decoded:
     sha256s: list[bytes] = []
     frames: list[Shown] = []
     time_base_s = Fraction(1)
-    try:
-        for packet in packets:
-            if not sha256s:
-                context.extradata, time_base_s = packet.parameters, packet.time_base_s
-            sha256s.append(packet.sha256())
-            coded: av.Packet[Any] = av.Packet(packet.content)
-            coded.pts, coded.dts, coded.time_base = packet.pts, packet.dts, packet.time_base_s
-            frames += [_shown(frame, time_base_s) for frame in context.decode(coded)]
-        frames += [_shown(frame, time_base_s) for frame in context.decode(None)]
-    finally:
-        # FFmpeg's threads ask for the interpreter to log damage. Freeing the context waits for them, with the
-        # interpreter in hand, for ever; this waits for them without it.
-        context.flush_buffers()
+    for packet in packets:
+        if not sha256s:
+            context.extradata, time_base_s = packet.parameters, packet.time_base_s
+        sha256s.append(packet.sha256())
+        # Copied into FFmpeg's own memory: its decoder reads some bytes past the end, and behind Python's there may be
+        # none. And what is Python's, FFmpeg's threads could not give back while the interpreter waits for them to end.
+        coded: av.Packet[Any] = av.Packet(len(packet.content))
+        coded.update(packet.content)
+        coded.pts, coded.dts, coded.time_base = packet.pts, packet.dts, packet.time_base_s
+        frames += [_shown(frame, time_base_s) for frame in context.decode(coded)]
+    frames += [_shown(frame, time_base_s) for frame in context.decode(None)]
     return Decoded(tuple(sha256s), tuple(frames))
 
 

@@ -31,8 +31,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.widening import widened
-
 SMALLEST_AMAX = 1e-12  # a row of zeros must not divide by zero; far below any value a layer sees
 INT8_MIN_ROWS = 17  # torch._int_mm on CUDA refuses 16 rows or fewer (aten/native/cuda/Blas.cpp)
 SIDE_MULTIPLE = 16  # torch._scaled_mm needs both sides of the weight in 16-byte steps; _int_mm asks for 8
@@ -260,6 +258,8 @@ def widened_product(
 
 
 def _widened_weight(x: Tensor, weight_q: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    from engine.widening import widened  # here, because the bake, which multiplies nothing, does without it
+
     weight = widened(weight_q, weight_scale, x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 

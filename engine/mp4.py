@@ -79,12 +79,13 @@ class Mp4:
         return self._buffer.getvalue()
 
     def abandon(self) -> None:
-        """Free the encoder and whoever waits for its packets. Harmless after `finish`."""
+        """Free the encoder and whoever waits for its packets. Once, and harmless after `finish`."""
         import av
 
         self._packets.put(None)
         with suppress(av.FFmpegError, OSError, ValueError):
             self._container.close()
+        del self._stream  # the encoder, its threads and frames; a failure that is still looked at keeps the rest
 
     def _encode(self, frame: Any) -> None:
         context = self._stream.codec_context

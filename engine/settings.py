@@ -143,8 +143,9 @@ class Settings:
         _modes,
         f"modes ({', '.join(MODES)}), separated by commas",
         (),
-        "On RunPod, run a short job of each before the first one is taken: that one then waits for no import, load or "
-        "compiler, and a worker that cannot do it ends as unhealthy. Raise RUNPOD_INIT_TIMEOUT if it takes minutes.",
+        "On RunPod, run a short job of each, with its default model, before the first one is taken: that one then "
+        "waits for no import, load or compiler. A worker that cannot do it ends as unhealthy: where weights are "
+        "missing, or WORKER_MAX_WORK refuses it. Raise RUNPOD_INIT_TIMEOUT if it takes minutes.",
     )
     compile: bool = _setting(
         "WORKER_COMPILE", _switch, "1 or 0", True, "Compile transformer blocks, replay SDXL's forwards, on a card."

@@ -6,7 +6,7 @@ The backend decides by the same functions. Nothing here imports torch until a re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.chain_state import check_fits, motion_shape
+from engine.chain_state import check_fits, motion_shape, unpack_state
 from engine.geometry import VAE_STRIDE_S, VAE_STRIDE_T, LatentShape, fit_area
 from engine.multipliers import parse_multipliers
 from engine.namesake import import_diffusers
@@ -33,11 +33,13 @@ def check_inputs(request: SviEndframeRequest, profile: Profile, pictures: Mappin
 
 
 def check_plan(request: SviEndframeRequest, profile: Profile) -> None:
-    """Refuse clips and steps that cannot run. What a request leaves to its profile is not looked at.
+    """Refuse a state, clips and steps that cannot run. What a request leaves to its profile is not looked at.
 
     Raises:
-        InvalidInput: as `clips_for` and `schedule_for`.
+        InvalidInput: as `unpack_state`, `clips_for` and `schedule_for`.
     """
+    if request.state is not None:
+        unpack_state(request.state)  # its numbers; all else of it is told without torch
     if request.return_state:
         from engine.svi_clips import clips_for
 
@@ -62,7 +64,8 @@ def scene_size(request: SviEndframeRequest, pictures: Mapping[str, Any], profile
     """(height, width): as asked, else the state's, else from the aspect of what the video starts on.
 
     Raises:
-        InvalidInput: a side is smaller than the model draws, or the state is none or of another size.
+        InvalidInput: a side is smaller than the model draws; nothing is there to start on; the state is none, or of
+            another size.
     """
     motion = None if request.state is None else motion_shape(request.state)
     if request.size is not None:

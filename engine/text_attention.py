@@ -24,7 +24,7 @@ from engine.attention import TEXT_TOKENS
 MAX_RELATIVE_ERROR = 0.01  # against float32, as of the other bf16 kernels: they err by 0.003
 # Of queries: one tile, and one that is not full. Heads and their width are the 14B models' own.
 TEST_TOKENS, TEST_HEADS, TEST_HEAD = 100, 40, 128
-# Rows of key and of value that are not repeated: a short prompt, one whose padding begins a second tile, a whole one;
+# Rows of key and of value that are not repeated: a short prompt, one whose padding begins a tile, a whole one;
 # and equal keys with other values, and the other way round, which are no padding.
 TEST_TEXTS = ((12, 12), (64, 64), (TEXT_TOKENS, TEXT_TOKENS), (12, 300), (300, 12))
 

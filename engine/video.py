@@ -64,12 +64,12 @@ def write_mp4(frames: Frames, path: Path) -> MediaFile:
         mp4 = Mp4(frames.shape, frames.fps)
         stack.callback(mp4.abandon)
         decoded = decoder.submit(decode_packets, mp4.packets())
-        stream = _encode(frames, mp4)
+        stream = _encode(frames, mp4, decoded)
         return _save(stream, path, frames, tuple(mp4.luma), decoded)
 
 
-def _encode(frames: Frames, mp4: Mp4) -> bytes:
-    """Run iterator, conversion of colours and encoder side by side; returns the MP4."""
+def _encode(frames: Frames, mp4: Mp4, decoded: Future[Decoded]) -> bytes:
+    """Run iterator, conversion of colours and encoder side by side; returns the MP4. `decoded`: as for `_save`."""
     check = FrameCheck(frames.shape)
     waiting: deque[Future[None]] = deque()
     with ExitStack() as stack:
@@ -82,6 +82,8 @@ def _encode(frames: Frames, mp4: Mp4) -> bytes:
             waiting.append(encoder.submit(mp4.add, converter.submit(converted, chunk)))
             while len(waiting) > QUEUE_CHUNKS:
                 waiting.popleft().result()
+            if decoded.done():  # with packets still to come: it has failed, and the card need not work to the end
+                _pictures(decoded)
         check.finish()
         for future in waiting:
             future.result()
@@ -89,7 +91,7 @@ def _encode(frames: Frames, mp4: Mp4) -> bytes:
 
 
 def _save(stream: bytes, path: Path, frames: Frames, luma: tuple[float, ...], decoded: Future[Decoded]) -> MediaFile:
-    """Write, read back, verify and name the file. `luma` and `decoded` as for `verify`."""
+    """Write, read back, verify and name the file. `luma` and `decoded`, once it is there, as for `verify`."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with as_encoding_failed("written"):
@@ -97,9 +99,7 @@ def _save(stream: bytes, path: Path, frames: Frames, luma: tuple[float, ...], de
             size_bytes, sha256 = _measure(partial)
         if sha256 != hashlib.sha256(stream).hexdigest():
             raise EncodingFailed("the video on the disk is not what was written to it")
-        with as_encoding_failed("decoded"):
-            pictures = decoded.result()
-        found = verify(partial, frames.shape, frames.fps, luma, pictures)
+        found = verify(partial, frames.shape, frames.fps, luma, _pictures(decoded))
         with as_encoding_failed("named"):
             partial.replace(path)
     finally:
@@ -116,6 +116,11 @@ def _save(stream: bytes, path: Path, frames: Frames, luma: tuple[float, ...], de
         fps=float(found.fps),
         duration_s=found.duration_s,
     )
+
+
+def _pictures(decoded: Future[Decoded]) -> Decoded:
+    with as_encoding_failed("decoded"):
+        return decoded.result()
 
 
 def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...], decoded: Decoded) -> Probe:

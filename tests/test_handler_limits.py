@@ -106,10 +106,16 @@ def test_picture_too_large_to_be_changed_is_refused_before_loading(worker: Worke
 
 
 SMALL_SVI = {**SVI, "resolution": "96x64", "num_inference_steps": None}
-STATE = pack_state(ChainState(torch.zeros(1, 16, 1, 8, 8), seed=5, next_index=1, anchor_sha256=bytes(32)))
+ENDED = ChainState(torch.zeros(1, 16, 1, 8, 8), seed=5, next_index=1, anchor_sha256=bytes(32))
+STATE = pack_state(ENDED)
+NOT_NUMBERS = pack_state(replace(ENDED, motion=ENDED.motion / 0))
 IMPOSSIBLE = [
     ({"loras_multipliers": "1;0 0;1"}, "loras_multipliers: has 2 entries; this profile has 4 LoRAs"),
     ({"state": STATE, "video_length": 13}, "state: holds 1 latents of 64x64; this job goes on from 1 latents of 96x64"),
+    (
+        {"video_length": 13, "resolution": "64x64", "state": NOT_NUMBERS},
+        "state: holds values that are no numbers",
+    ),
     (
         {"switch_threshold": 2, "num_inference_steps": 2},
         "switch_threshold: 2 gives 2 high + 0 low steps, and each expert needs at least one; with the steps at "

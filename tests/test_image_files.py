@@ -12,6 +12,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import packages_distributions, requires
+from importlib.util import cache_from_source
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -199,6 +200,20 @@ def test_weights_stage_bakes(name: str, weights_stage: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert (weights_stage / "weights" / name / "manifest.json").is_file()
     assert done.stdout.split() == copied_modules(weights_stage)
+
+
+def test_image_holds_the_bytecode_of_every_module_that_the_worker_runs(tmp_path: Path) -> None:
+    run = [file for source in ("*.py", "apps", "engine", "schemas") for file in found(source) if file.suffix == ".py"]
+    for file in run:
+        target = tmp_path / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    (compiling,) = [step for step in steps("RUN", "worker") if "compileall" in step.words]
+    assert dockerfile().index(compiling) > dockerfile().index(Step("worker", "COPY", [".", "."]))
+    bare = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment("base")}
+    subprocess.run(["sh", "-c", " ".join(compiling.words)], cwd=tmp_path, env=bare, check=True)
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.pyc")}
+    assert written == {Path(cache_from_source(file.relative_to(ROOT))) for file in run}
 
 
 def test_worker_is_offline_quiet_and_its_memory_can_grow() -> None:

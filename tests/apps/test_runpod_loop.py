@@ -4,17 +4,42 @@ import itertools
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
+import runpod.serverless
+from runpod.serverless.modules import rp_fitness
 
+from apps import runpod_loop
+from apps.runpod_jobs import Jobs
+from apps.runpod_watch import PRODUCTION
+from engine.settings import Settings
 from tests.apps.conftest import FAKE_WORKER, Running
 from tests.figures import Count, Figure
 from tests.servers.runpod_server import Fault, RunPodServer
 from tests.servers.worker_process import start_worker
 
 pytest_plugins = ["tests.figures"]
+
+
+def test_our_checks_come_after_the_sdks_which_need_a_card_and_a_host_that_are_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def warm_up() -> None: ...
+
+    for name in ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+    registered: list[Callable[[], None]] = []
+    monkeypatch.setattr(rp_fitness, "_fitness_checks", registered)
+    monkeypatch.setattr(rp_fitness, "_registration_state", {"gpu_check": False, "system_checks": False})
+    monkeypatch.setattr(runpod_loop, "install", lambda *_: None)
+    # What the SDK's start does before it runs the checks.
+    monkeypatch.setattr(runpod.serverless, "start", lambda _: rp_fitness._ensure_system_checks_registered())
+    runpod_loop.take_jobs(Jobs(lambda *_: {}, Settings()), [warm_up], PRODUCTION)
+    names = [check.__name__ for check in registered]
+    assert names.index("_memory_check") < names.index("warm_up") == len(names) - 1
 
 
 def test_a_job_is_answered_with_what_it_returned(running: Running) -> None:

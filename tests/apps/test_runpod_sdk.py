@@ -18,6 +18,8 @@ SOURCES = {
     "runpod.serverless.modules.rp_ping": "6db09105cd27cfa7",
     "runpod.serverless.modules.rp_logger": "e015da598e6356af",
     "runpod.serverless.modules.rp_fitness.run_fitness_checks": "cdfb0bbbce0e2a8d",
+    "runpod.serverless.modules.rp_fitness._ensure_gpu_check_registered": "b3985cc26b5353ee",
+    "runpod.serverless.modules.rp_fitness._ensure_system_checks_registered": "84437d87b29ef0ef",
     "runpod.serverless.modules.rp_fastapi.WorkerAPI.__init__": "0294e6165bbcaf61",
     "runpod.serverless.modules.rp_fastapi.WorkerAPI.start_uvicorn": "f4360301b289397e",
     "runpod.serverless.modules.rp_fastapi.WorkerAPI._sim_runsync": "703a0a5a142bb342",

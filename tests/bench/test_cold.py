@@ -90,7 +90,7 @@ def test_jobs_load_once_and_tell_their_parts(args: Namespace) -> None:
     assert told["loads"] == 1
     assert len(told["warm_s"]) == 1
     assert {"load", "denoise", "decode", "upload"} <= set(told["timings_s"])
-    assert "load_read" not in told["warm_timings_s"]
+    assert ("load_read" in told["timings_s"], "load_read" in told["warm_timings_s"]) == (True, False)
     assert json.loads(json.dumps(told)) == told
 
 
@@ -101,13 +101,24 @@ def test_warmed_up_worker_has_loaded_before_its_first_job(args: Namespace) -> No
     assert "load_read" not in told["timings_s"]
 
 
-def test_modules_without_bytecode_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps", [False, True], ids=["not kept", "kept"])
+def test_modules_that_came_without_bytecode_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
     (tmp_path / "written_today.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "dont_write_bytecode", not keeps)
+    monkeypatch.delitem(sys.modules, "written_today", raising=False)
     importlib.import_module("written_today")
-    missing = [cached for cached in cold._from_files() if not Path(cached).exists()]
-    assert [Path(cached).parent.parent for cached in missing].count(tmp_path) == 1
+    (cached,) = [path for path in cold._bytecode() if path.parent.parent == tmp_path]
+    assert cached.exists() == keeps
+    assert cold._written_since([cached], begun=0.0) == [cached]
+
+
+def test_modules_that_had_bytecode_are_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "old.pyc").touch()
+    os.utime(tmp_path / "old.pyc", (1000.0, 1000.0))
+    assert cold._written_since([tmp_path / "old.pyc"], begun=1000.5) == []
 
 
 def test_drop_leaves_nothing_of_a_file_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +186,11 @@ def test_figure_that_cannot_be_had_leaves_the_others(
     args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x").write_bytes(bytes(1000))
+    asked: list[tuple[str, ...]] = []
     jobs = iter([subprocess.CalledProcessError(1, "jobs"), {"first_s": 1.0}, {"first_s": 0.5}])
 
     def child(_: Namespace, what: str, scratch: Path, *more: str) -> dict[str, Any]:
+        asked.append((what, *more))
         answer: Any = {"bake": {"files": [str(tmp_path / "x")]}, "read": {"bytes": 1000}}.get(what) or next(jobs)
         if isinstance(answer, Exception):
             raise answer
@@ -190,4 +203,5 @@ def test_figure_that_cannot_be_had_leaves_the_others(
         ["bytes", "warm_cache", "warmed_up", "dd_s", "read"],
         {"first_s": 1.0},
     )
+    assert asked == [("bake",), ("jobs",), ("jobs",), ("jobs", "--warm-up"), ("read",)]
     assert "cold_cache: Command 'jobs' returned" in capsys.readouterr().err

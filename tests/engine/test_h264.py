@@ -1,5 +1,7 @@
 """Packets in the form of an MP4, against FFmpeg's own muxer, and a decoder that paints over nothing."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.h264 import Packet, avcc, decode_packets, length_prefixed
+from tests.conftest import ROOT
 
 
 def encoded(frames: int, height: int = 64, width: int = 96, **options: str) -> tuple[bytes, list[av.Packet]]:
@@ -84,6 +87,59 @@ def test_decode_packets_gives_no_frame_of_a_torn_packet(at: int):
     except av.InvalidDataError:
         return
     assert shown < 9
+
+
+def run(code: str) -> str:
+    """In a process of its own, which may crash or stand still."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.stdout or f"exit code {done.returncode}"
+
+
+LEFT_EARLY = """
+from engine.h264 import decode_packets
+from tests.engine.test_h264 import encoded, packets
+
+given = packets(*encoded(9))
+
+def broken(whole):
+    yield from given[:whole]
+    raise KeyError
+
+for i in range(90):
+    try:
+        decode_packets(broken(i % 9))
+    except KeyError:
+        print(end="x")
+"""
+
+
+def test_decode_packets_leaves_no_thread_waiting_when_its_packets_end_in_an_error():
+    """Were the packets' memory Python's, a thread of FFmpeg would wait for the interpreter, and it for the thread."""
+    assert run(LEFT_EARLY) == "x" * 90
+
+
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap
+from engine.h264 import decode_packets
+from tests.engine.test_h264 import encoded, packets
+
+def moved(content):
+    size = -(-len(content) // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    pages[size - len(content) : size] = content
+    return memoryview(pages)[size - len(content) : size]
+
+given = [packet._replace(content=moved(packet.content)) for packet in packets(*encoded(9))]
+print(len(decode_packets(iter(given)).frames))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory by the C library")
+def test_decode_packets_reads_nothing_behind_a_packet():
+    """FFmpeg's decoder does, by some bytes; a packet of 128 kB or more has pages of its own, and may fill the last."""
+    assert run(AT_THE_END_OF_MEMORY) == "9\n"
 
 
 def test_packet_is_the_same_in_another_unit_of_time_and_in_nothing_else():

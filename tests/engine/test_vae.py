@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from engine import vae as vae_module
 from engine.vae import decode_chunks, decode_end_single, denormalise, encode_norm, normalise
 from tests.engine.svi_parts import noise, pixels, tiny_vae
 
@@ -176,6 +177,18 @@ def test_row_09_decode_counts(vae, latent_frames, plain, end_single):
 
     assert sum(chunk.shape[2] for chunk in decode_chunks(vae, latents)) == plain
     assert sum(chunk.shape[2] for chunk in decode_end_single(vae, latents)) == end_single
+
+
+def test_end_single_decode_sends_its_latents_at_once(vae, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        vae_module, "denormalise", lambda vae, latents: sent.append(latents.shape[2]) or denormalise(vae, latents)
+    )
+
+    for _ in decode_end_single(vae, noise(3)):
+        pass
+
+    assert sent == [3]
 
 
 def test_end_single_decode_refuses_one_latent_frame(vae):

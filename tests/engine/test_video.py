@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -294,6 +295,50 @@ def test_write_mp4_fails_cleanly_when_the_encoder_tears_a_packet(tmp_path, monke
         write_mp4(frames_of(pictures()), tmp_path / "video.mp4")
     assert list(tmp_path.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+
+
+def test_write_mp4_stops_the_card_when_the_decoder_fails_in_the_middle(tmp_path, monkeypatch):
+    """Not a chunk is asked for once it is known; at the end it would be minutes later."""
+    packets, begun = Mp4.packets, []
+
+    class Recording(ThreadPoolExecutor):
+        def submit(self, *call):
+            begun.append(super().submit(*call))
+            return begun[-1]
+
+    def torn(mp4):
+        for packet in packets(mp4):
+            yield packet._replace(content=b"\xff" * 100)
+
+    def watching():
+        yield from chunks(pictures(VideoShape(121, 64, 96)))  # far more than x264 and a decoder hold back
+        assert isinstance(begun[0].exception(), av.InvalidDataError)
+        yield pictures(VideoShape(1, 64, 96))
+        pytest.fail("asked for more")
+
+    monkeypatch.setattr(Mp4, "packets", torn)
+    monkeypatch.setattr(video_module, "ThreadPoolExecutor", Recording)
+    with pytest.raises(EncodingFailed, match="could not be decoded: InvalidDataError"):
+        write_mp4(Frames(watching(), VideoShape(161, 64, 96), 16), tmp_path / "video.mp4")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads that are not Python's")
+def test_write_mp4_frees_the_encoder_while_its_failure_is_still_looked_at(tmp_path):
+    before, shape = threads_now(), VideoShape(81, 256, 64)
+
+    def stopped():
+        yield from chunks(pictures(shape)[:41])
+        assert threads_now() >= before + 9  # x264's eight and the one that looks ahead
+        raise Cancelled("stop")
+
+    with pytest.raises(Cancelled) as caught:
+        write_mp4(Frames(stopped(), shape, 16), tmp_path / "video.mp4")
+    assert threads_now() <= before + 4  # Python's own may be about to end
+    assert caught.value.sentence == "stop"
+
+
+def threads_now() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_write_mp4_lets_threads_take_short_turns_until_it_ends(tmp_path):

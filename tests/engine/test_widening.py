@@ -1,7 +1,6 @@
 """8-bit weights made wide: on a card by a kernel that must give torch's bits, elsewhere by torch."""
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 from engine import widening
 
 FP8 = torch.float8_e4m3fn
+FORMATS = (FP8, torch.int8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -25,19 +25,23 @@ def right(weight_q: Tensor, scale: Tensor) -> Tensor:
     return widening._by_torch(weight_q, scale, torch.bfloat16)
 
 
+def problem(format_: torch.dtype) -> str | None:
+    return widening.problem.__wrapped__(torch.device("cpu"), format_)
+
+
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stand-in for the card's kernel, to be made wrong."""
     module = ModuleType("engine.widening_triton")
     monkeypatch.setattr(module, "widened", right, raising=False)
     monkeypatch.setitem(sys.modules, "engine.widening_triton", module)
-    widening.problem.cache_clear()
-    yield module
-    widening.problem.cache_clear()
+    return module
 
 
-def test_kernel_with_torchs_bits_is_used(kernel: ModuleType) -> None:
-    assert widening.problem(torch.device("cpu")) is None
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("format_", FORMATS)
+def test_kernel_with_torchs_bits_is_used(format_: torch.dtype) -> None:
+    assert problem(format_) is None
 
 
 def rounded_twice(weight_q: Tensor, scale: Tensor) -> Tensor:
@@ -49,11 +53,33 @@ def transposed_scale(weight_q: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("wrong", [rounded_twice, transposed_scale])
-def test_kernel_with_other_bits_is_not_used(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
+def test_kernel_with_other_bits_is_not_used_and_the_log_says_so(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: object
+) -> None:
     monkeypatch.setattr(kernel, "widened", wrong)
-    assert widening.problem(torch.device("cpu")) == "its bits of torch.float8_e4m3fn are others"
+    assert problem(FP8) == "its bits are others"
+    assert caplog.messages == [
+        "the kernel that makes torch.float8_e4m3fn weights wide is not used: its bits are others"
+    ]
 
 
 def test_kernel_that_does_not_compile_is_not_used(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(kernel, "widened")
-    assert widening.problem(torch.device("cpu")) == "it fails (ImportError)"
+    assert problem(FP8) == "it fails (ImportError)"
+
+
+def ampere(weight_q: Tensor, scale: Tensor) -> Tensor:
+    if weight_q.dtype == FP8:
+        raise ValueError("type fp8e4nv not supported in this architecture")
+    return right(weight_q, scale)
+
+
+def test_kernel_that_fails_for_fp8_is_used_for_int8(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "widened", ampere)
+    assert [problem(format_) for format_ in FORMATS] == ["it fails (ValueError)", None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_", FORMATS)
+def test_kernel_gives_torchs_bits_on_a_card(format_: torch.dtype) -> None:
+    assert widening.problem.__wrapped__(torch.device("cuda"), format_) is None

@@ -20,6 +20,7 @@ ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
     (rounding_triton._plain_round_kernel, ROW),
     (rounding_triton._gelu_round_kernel, ROW),
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": False, "has_gate": False}),
+    (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": False}),
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
     (rounding_triton._norm_rotate_kernel, {"width": 5120, "block": 8192, "head": 128, "eps": 1e-6}),
 ]
@@ -33,6 +34,7 @@ TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
         },
     ),
 ]  # fmt: skip
+WIDENING = {"width": 5120, "block": 8192}
 NUMBERS = {"pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
 ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv", "rows": "i32"}
@@ -55,8 +57,9 @@ if __name__ == "__main__":
     for card in (AMPERE, HOPPER):
         for kernel, constants in PASSES:
             compile_for(card, kernel, constants, NUMBERS)
+        compile_for(card, widening_triton._widen_kernel, WIDENING, {**ROUNDINGS_TYPES, "values_at": "*i8"})
     for card in (ADA, HOPPER):  # the first with fp8
-        compile_for(card, widening_triton._widen_kernel, {"width": 5120, "block": 8192}, ROUNDINGS_TYPES)
+        compile_for(card, widening_triton._widen_kernel, WIDENING, ROUNDINGS_TYPES)
         for kernel, constants in ROUNDINGS:
             compile_for(card, kernel, constants, ROUNDINGS_TYPES)
         for (kernel, constants), types in zip(TEXT_ATTENTION, TEXT_ATTENTION_TYPES, strict=True):

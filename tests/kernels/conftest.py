@@ -34,7 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def rounded(x: np.ndarray, target: torch.dtype) -> np.ndarray:
-    """fp32 values as `target`, by torch: to the nearest, of two equally near ones to the even one; a NaN stays one."""
+    """fp32 values as `target`, by torch: to the nearest, of two equally near ones to the even one; a NaN stays one.
+
+    What e4m3 does not reach, an infinity too, becomes its largest: so torch has it as of 2.13, and a card.
+    """
     made = torch.from_numpy(np.ascontiguousarray(x)).to(target)
     return made.view(torch.uint8 if target.itemsize == 1 else torch.uint16).numpy()
 

@@ -251,6 +251,15 @@ def test_no_product_makes_a_finite_number_of_a_row_that_is_not(name, bad):
     assert out.isfinite().any(dim=-1).tolist() == [True, True, False, True, True]
 
 
+def test_infinity_that_is_no_part_of_the_scale_would_be_the_formats_largest(changed: Callable[..., ModuleType]):
+    """The control of the test before: a card hides it."""
+    finite = changed("rounding_triton", "tl.maximum(largest, smallest)", "tl.minimum(largest, 1e38)")
+    x = torch.ones(1, 16).bfloat16()
+    x[0, 7] = math.inf
+    values, scale = finite.plain_round(x)
+    assert (values[0, 7].item(), scale.isfinite().item()) == (448.0, True)
+
+
 def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What a worker's start would say of these kernels."""
     for name in ("plain_round", "gelu_round", "norm_round", "add_norm_round", "norm_rotate"):
@@ -293,3 +302,21 @@ def test_self_test_accepts_the_kernels(monkeypatch):
 def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
     monkeypatch.setattr(rounding, "TEST_ROWS", ROWS)
     assert "a result is off" in str(problem(changed("rounding_triton", old, new), monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("        here = there\n", ""),
+        ("x_at + there", "x_at + here"),
+        ("added_at + there", "added_at + here"),
+        ("(row + step < rows)", "(row + step < rows - 1)"),
+    ],
+    ids=["written over the first", "the row before", "the sum with the row before", "the last not read"],
+)
+def test_self_test_sees_a_programs_later_rows_however_many_a_card_runs(
+    old, new, changed: Callable[..., ModuleType], monkeypatch
+):
+    module = changed("rounding_triton", old, new)
+    monkeypatch.setattr(module, "_most_norm_programs", lambda _device: 264)  # an H200's
+    assert "a result is off" in str(problem(module, monkeypatch))

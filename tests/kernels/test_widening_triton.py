@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine import widening, widening_triton
-from engine.widening import FORMATS
+
+FORMATS = (torch.float8_e4m3fn, torch.int8)
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 4096])
@@ -15,6 +16,7 @@ def test_widened_has_torchs_bits(format_, width):
     assert torch.equal(widening_triton.widened(weight_q, scale), widening._by_torch(weight_q, scale, torch.bfloat16))
 
 
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -23,10 +25,11 @@ def test_widened_has_torchs_bits(format_, width):
         ("wide.to(out_at.dtype.element_ty), mask=inside", "wide.to(out_at.dtype.element_ty), mask=columns < width - 1"),
     ],
 )
-def test_self_test_refuses_a_kernel_that_is_wrong(changed, monkeypatch, old, new):
+def test_self_test_refuses_a_kernel_that_is_wrong(changed, monkeypatch, old, new, format_):
     monkeypatch.setattr(widening_triton, "widened", changed("widening_triton", old, new).widened)
-    widening.problem.cache_clear()
-    try:
-        assert widening.problem(torch.device("cpu")) == "its bits of torch.float8_e4m3fn are others"
-    finally:
-        widening.problem.cache_clear()
+    assert widening.problem.__wrapped__(torch.device("cpu"), format_) == "its bits are others"
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_self_test_accepts_the_kernel(format_):
+    assert widening.problem.__wrapped__(torch.device("cpu"), format_) is None
