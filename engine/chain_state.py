@@ -46,10 +46,6 @@ class ChainState:
     """Of the clip that comes next; clips count through the whole film."""
     anchor_sha256: bytes
 
-    @property
-    def shape(self) -> LatentShape:
-        return LatentShape(*self.motion.shape[2:])
-
 
 def anchor_digest(anchor: "Tensor") -> bytes:
     """Identify an anchor by its pixels (1, 3, 1, H, W), fp32."""
