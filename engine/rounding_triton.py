@@ -74,8 +74,9 @@ def _gelu_round_kernel(x_at: tl.tensor, values_at: tl.tensor, scales_at: tl.tens
     inside = columns < width
     here = row * width + columns
     value = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
-    # torch's gelu(approximate="tanh"), with the card's own tanh. That errs by 2**-11, an eighth of what the rounding to
-    # three bits does; a sigmoid is two such operations, and their rate, not memory, was what the kernel waited for.
+    # torch's gelu(approximate="tanh"), with the card's own tanh. That errs by 2**-11, so the result by up to v / 4096,
+    # where three bits err by a sixteenth of the result; a sigmoid is two such operations, and their rate, not memory,
+    # was what the kernel waited for.
     bent = _tanh(value * (0.7978845608028654 + 0.035677408136300125 * value * value))
     half = 0.5 * value
     value = half * bent + half
