@@ -1,8 +1,9 @@
 """A Wan block whose large 8-bit layers are handed rounded rows: norm, residual sum and GELU come with the rounding.
 
 The arithmetic is that of diffusers' WanTransformerBlock, with one rounding to bf16 less before each 8-bit one and
-between the norm of a query or key and its turning. Attention to the text counts its padding once where that kernel
-passed its self-test too. Used for fp8 blocks on a card whose kernels passed theirs; every other block stays as it is.
+between the norm of a query or key and its turning. Attention to the text counts its padding once, and hands on rounded
+rows, where those kernels passed their self-test too. Used for fp8 blocks on a card whose kernels passed theirs; every
+other block stays as it is.
 """
 
 from typing import Any, cast
@@ -12,9 +13,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from engine import rounding, text_attention
-from engine.attention import Attend, WanProcessor
+from engine.attention import WanProcessor
 from engine.linear8 import Linear8, Rounded, project
 from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
+from engine.text_attention import attend_text_round
 
 
 class Block8(WanTransformerBlock):
@@ -53,16 +55,11 @@ class Block8(WanTransformerBlock):
 
 class OnePassProcessor(WanProcessor):
     """Attention of a Block8. Activations that do not come rounded, from a block that runs as diffusers wrote it, go
-    the way of the processor that was there before.
+    the way of the processor that was there before."""
 
-    `attend_text`: for the text's keys, in place of the kernel that was chosen for all others.
-    """
-
-    def __init__(self, before: WanProcessor, attend_text: Attend | None) -> None:
+    def __init__(self, before: WanProcessor) -> None:
         super().__init__(before.kernel)
         self._before = before
-        if attend_text is not None:
-            self._attend_text = attend_text
 
     def __call__(
         self,
@@ -88,6 +85,41 @@ class OnePassProcessor(WanProcessor):
         return projected
 
 
+class TextProcessor(OnePassProcessor):
+    """The same, to a text whose padding counts once."""
+
+    def __init__(self, before: WanProcessor) -> None:
+        super().__init__(before)
+        self._attend_text = text_attention.attend_text
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor | Rounded,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Rounded (1, n, dim) -> (1, n, dim), with two passes over a query; else as OnePassProcessor.
+
+        What is seen in a picture is added before the rounding, so beside one the text's part is not rounded here.
+        """
+        text = encoder_hidden_states
+        is_plain = attn.add_k_proj is None and attention_mask is None
+        if not isinstance(hidden_states, Rounded) or text is None or not is_plain:
+            return super().__call__(attn, hidden_states, text, attention_mask, rotary_emb)
+        (query,) = project(hidden_states, (attn.to_q,))
+        key, value = project(text, (attn.to_k, attn.to_v))
+        key = self._norm(attn.norm_k, key, attn.heads, None)
+        norm = attn.norm_q
+        values, row_scale = attend_text_round(
+            query[0], norm.weight, key, value.unflatten(2, (attn.heads, -1)), norm.eps
+        )
+        (out,) = project(_batch(values, row_scale, query), (attn.to_out[0],))
+        projected: Tensor = attn.to_out[1](out)
+        return projected
+
+
 def _batch(values: Tensor, scale: Tensor, like: Tensor) -> Rounded:
     """As a batch of one, for a result of the type of `like`."""
     return Rounded(values[None], scale[None], like.dtype)
@@ -102,12 +134,12 @@ def install(model: nn.Module, device: str) -> tuple[str, ...]:
     if problem is not None:
         return (f"the one-pass rounding kernels are not used: {problem}",)
     problem = text_attention.problem(device)
-    attend_text = text_attention.attend_text if problem is None else None
+    to_text = TextProcessor if problem is None else OnePassProcessor
     for block in blocks:
         block.__class__ = Block8
-        for attn in (block.attn1, block.attn2):
-            attn.set_processor(OnePassProcessor(attn.processor, attend_text))
-    return () if problem is None else (f"the text attention kernel is not used: {problem}",)
+        block.attn1.set_processor(OnePassProcessor(block.attn1.processor))
+        block.attn2.set_processor(to_text(block.attn2.processor))
+    return () if problem is None else (f"the text attention kernels are not used: {problem}",)
 
 
 def _fits(block: nn.Module) -> bool:
@@ -126,7 +158,7 @@ def _rounded_layers(block: WanTransformerBlock) -> tuple[nn.Module, ...]:
 
 def _passed_by(block: WanTransformerBlock) -> tuple[nn.Module, ...]:
     """Those that are not called as layers. One that somebody hooked must be again."""
-    return *_rounded_layers(block), block.attn1.norm_q, block.attn1.norm_k
+    return *_rounded_layers(block), block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q
 
 
 def _is_watched(layer: nn.Module) -> bool:

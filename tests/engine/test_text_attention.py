@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from engine import text_attention
-from engine.text_attention import attend_text, distinct_rows
+from engine.linear8_check import snr_db
+from engine.text_attention import FP8, attend_text, attend_text_round, distinct_rows
 
 HALF_STEP = 2.0**-8  # of bf16, in parts of a value
 FP32 = 2.0**-18  # in parts of the largest value: 512 products and sums
@@ -35,10 +37,72 @@ def check(made, query, key, value):
     assert ((made.double() - wanted).abs() <= HALF_STEP * (wanted.abs() + fp32) + fp32).all()
 
 
+def rows_of(query):
+    """(n, heads * d) as a projection gives it: of another size each, and a weight for their norm."""
+    rows = (query[0].flatten(1).float() * torch.linspace(0.1, 9, query.shape[1])[:, None]).bfloat16()
+    return rows, torch.linspace(0.5, 2, rows.shape[1]).bfloat16()
+
+
+def normed(rows, weight, heads):
+    return functional.rms_norm(rows.float(), weight.shape, weight.float(), 1e-6).bfloat16().unflatten(1, (heads, -1))
+
+
 @pytest.mark.parametrize("real", PROMPTS)
 def test_attention_to_a_padded_text_is_plain_attention(real):
     given = padded(real)
     check(attend_text(*given), *given)
+
+
+@pytest.mark.parametrize("real", PROMPTS)
+def test_rounded_attention_is_attention_of_the_normed_query_rounded_once(real):
+    query, key, value = padded(real)
+    rows, weight = rows_of(query)
+    values, scales = attend_text_round(rows, weight, key, value, 1e-6)
+    assert (values.dtype, values.shape, scales.dtype, scales.shape) == (FP8.dtype, rows.shape, torch.float32, (5, 1))
+    assert torch.equal(scales, (value.float().abs().max() / FP8.limit).expand(5, 1))
+    seen = attend_text(normed(rows, weight, 2)[None], key, value)[0].flatten(1)
+    error = (values.float() * scales - seen.float()).abs()
+    # Three bits behind the point, down to 2**-9 of the scale, beside the rounding of `seen` to bf16.
+    assert (error <= (2.0**-4 + HALF_STEP) * seen.float().abs() + 2.0**-10 * scales).all()
+
+
+def test_scale_of_a_value_that_nobody_sees_costs_no_accuracy():
+    """The bound is a hundred times what is seen: a float format keeps its bits all the same."""
+    query, key, value = draw()
+    rows, weight = rows_of(query)
+    right = attend_text(normed(rows, weight, 2)[None], key, value)[0].flatten(1)
+    key[:, 7], value[:, 7] = -100 * normed(rows, weight, 2).float().mean(0).sign().bfloat16(), 400.0
+    values, scales = attend_text_round(rows, weight, key, value, 1e-6)
+    seen = attend_text(normed(rows, weight, 2)[None], key, value)[0].flatten(1)
+    hidden = (seen.float() - right.float()).abs().amax(1) < 0.5
+    assert hidden.any()
+    assert snr_db(seen[hidden], values.float()[hidden] * scales[hidden]) > 30
+
+
+def test_values_of_zero_are_rounded_to_zero():
+    query, key, value = padded(12)
+    rows, weight = rows_of(query)
+    values, scales = attend_text_round(rows, weight, key, torch.zeros_like(value), 1e-6)
+    assert (values.float() * scales == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_product_makes_a_number_of_what_is_none(bad):
+    query, key, value = padded(12)
+    rows, weight = rows_of(query)
+
+    def is_nan(**changed):
+        given = {"rows": rows, "key": key, "value": value} | changed
+        values, scales = attend_text_round(given["rows"], weight, given["key"], given["value"], 1e-6)
+        return ((values.float() * scales).sum(1)).isnan().tolist()
+
+    bad_row, bad_key, bad_value = rows.clone(), key.clone(), value.clone()
+    bad_row[2, 7] = bad_key[0, 3, 1, 2] = bad_value[0, 40, 0, 1] = bad
+    assert is_nan() == [False] * 5
+    assert is_nan(rows=bad_row) == [False, False, True, False, False]
+    assert is_nan(value=bad_value) == [True] * 5
+    if math.isnan(bad):  # an infinite key is seen alone or not at all, as its query points
+        assert is_nan(key=bad_key) == [True] * 5
 
 
 @pytest.mark.parametrize("keys", [1, 2, 7, 64, 513])
@@ -97,6 +161,8 @@ def test_batch_of_two_is_refused():
     query, key, value = (x.expand(2, -1, -1, -1) for x in draw())
     with pytest.raises(ValueError, match="one video at a time, not 2"):
         attend_text(query, key, value)
+    with pytest.raises(ValueError, match="one video at a time, not 2"):
+        attend_text_round(*rows_of(query), key, value, 1e-6)
 
 
 @pytest.mark.parametrize("wide", [0, 1, 2])
@@ -105,10 +171,15 @@ def test_other_types_than_bf16_are_refused(wide):
     given[wide] = given[wide].float()
     with pytest.raises(ValueError, match=r"takes bf16, not torch.bfloat16, torch.float32"):
         attend_text(*given)
+    rows, weight = rows_of(given[0])
+    with pytest.raises(ValueError, match="takes bf16, not"):
+        attend_text_round(rows.to(given[0].dtype), weight, *given[1:], 1e-6)
 
 
-def test_operator_has_a_fake_of_its_shape_and_type():
-    torch.library.opcheck(attend_text, padded(12))
+def test_operators_have_fakes_of_their_shapes_and_types():
+    query, key, value = padded(12)
+    torch.library.opcheck(attend_text, (query, key, value))
+    torch.library.opcheck(attend_text_round, (*rows_of(query), key, value, 1e-6))
 
 
 def test_operator_tells_the_compiler_what_it_gives_also_of_queries_that_do_not_lie_in_order():
@@ -156,13 +227,35 @@ def test_problem_names_a_wrong_result(wrong, monkeypatch):
     assert "its result is off" in str(text_attention.problem.__wrapped__("cpu"))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rows, weight, key, value, eps: attend_text_round(rows, weight, key.flip(1), value, eps),
+        lambda rows, weight, key, value, eps: attend_text_round(rows, weight.flip(0), key, value, eps),
+        lambda rows, weight, key, value, eps: attend_text_round(rows, weight, key[:, :70], value[:, :70], eps),
+        lambda rows, weight, key, value, eps: attend_text_round(rows, weight, key, value, eps + 4),
+        lambda *given: (lambda values, scales: (values, scales * 1.06))(*attend_text_round(*given)),
+    ],
+    ids=["other keys", "another norm", "the padding left out", "another epsilon", "six per cent more"],
+)
+@pytest.mark.usefixtures("small")
+def test_problem_names_a_wrong_rounded_result(wrong, monkeypatch):
+    monkeypatch.setattr(text_attention, "attend_text_round", wrong)
+    assert "its rounded result is off" in str(text_attention.problem.__wrapped__("cpu"))
+
+
 @pytest.mark.usefixtures("small")
 def test_problem_names_a_nan_that_is_hidden(monkeypatch):
     def hides(query, key, value):
         return attend_text(query, key.nan_to_num(), value)
 
-    monkeypatch.setattr(text_attention, "attend_text", hides)
-    assert text_attention.problem.__wrapped__("cpu") == "it hides a NaN"
+    def hides_rounded(rows, weight, key, value, eps):
+        return attend_text_round(rows, weight, key.nan_to_num(), value, eps)
+
+    for name, wrong in (("attend_text", hides), ("attend_text_round", hides_rounded)):
+        with monkeypatch.context() as patch:
+            patch.setattr(text_attention, name, wrong)
+            assert text_attention.problem.__wrapped__("cpu") == "it hides a NaN"
 
 
 def test_problem_says_that_the_kernel_fails(monkeypatch):

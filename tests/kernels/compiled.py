@@ -24,24 +24,22 @@ ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
     (rounding_triton._norm_rotate_kernel, {"width": 5120, "block": 8192, "head": 128, "eps": 1e-6}),
 ]
+TEXT = {
+    "keys": 512, "heads": 40, "width": 128, "block": 128, "queries": text_attention_triton.QUERIES,
+    "tile": text_attention_triton.KEYS, "scale": 0.1275, "stages": text_attention_triton.STAGES,
+}  # fmt: skip
 TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
-    (text_attention_triton._distinct_keys_kernel, {"keys": 512, "width": 5120, "block": 8192}),
-    (
-        text_attention_triton._text_attention_kernel,
-        {
-            "keys": 512, "heads": 40, "width": 128, "block": 128, "queries": text_attention_triton.QUERIES,
-            "tile": text_attention_triton.KEYS, "scale": 0.1275, "stages": text_attention_triton.STAGES,
-        },
-    ),
-]  # fmt: skip
+    (text_attention_triton._survey_kernel, {"keys": 512, "width": 5120, "block": 8192}),
+    (text_attention_triton._root_kernel, {"width": 5120, "block": 8192, "eps": 1e-6}),
+    (text_attention_triton._attend_kernel, TEXT),
+    (text_attention_triton._attend_round_kernel, {**TEXT, "smallest": 1e-12, "limit": 448.0}),
+]
 WIDENING = {"width": 5120, "block": 8192}
 NUMBERS = {"pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
 ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv", "rows": "i32"}
-TEXT_ATTENTION_TYPES = [
-    {"key_at": "*i16", "value_at": "*i16", "count_at": "*i32"},
-    {"count_at": "*i32", "tokens": "i32"},
-]
+OF_TEXT = {"found_at": "*i32", "tokens": "i32", "roots_at": "*fp32", "scales_at": "*fp32", "values_at": "*fp8e4nv"}
+TEXT_ATTENTION_TYPES = [{"key_at": "*i16", "value_at": "*i16", "found_at": "*i32"}, *[OF_TEXT] * 3]
 
 
 def compile_for(card: int, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:

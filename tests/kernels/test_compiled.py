@@ -14,7 +14,7 @@ ROUNDINGS = [
     "_plain_round_kernel", "_gelu_round_kernel", *["_norm_round_kernel"] * 3, "_norm_rotate_kernel",
 ]  # fmt: skip
 WIDENING = ["_widen_kernel"]
-TEXT_ATTENTION = ["_distinct_keys_kernel", "_text_attention_kernel"]
+TEXT_ATTENTION = ["_survey_kernel", "_root_kernel", "_attend_kernel", "_attend_round_kernel"]
 
 
 def test_every_kernel_compiles_for_the_cards_that_run_it(tmp_path: Path) -> None:

@@ -52,6 +52,22 @@ def text(real: int, tokens: int = 5, heads: int = 2, width: int = 16, keys: int 
     return query, key, value
 
 
+def rows_of(query: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, heads * d) as a projection gives it: of another size each, and a weight for their norm."""
+    rows = (query[0].flatten(1).float() * torch.linspace(0.1, 9, query.shape[1])[:, None]).bfloat16()
+    return rows, torch.linspace(0.5, 2, rows.shape[1]).bfloat16()
+
+
+def distinct_rows(key: Tensor, value: Tensor) -> int:
+    return int(text_attention_triton.survey(key, value)[0])
+
+
+def largest(key: Tensor, value: Tensor) -> Tensor:
+    """The bound of all values that the survey finds."""
+    bits = text_attention_triton.survey(key, value)[1]
+    return (bits << 16).view(torch.float32)
+
+
 def check(made: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Weights that are bf16 in the product with the values, a sum in fp32, and one rounding to bf16."""
     q, k, v = (x[0].double().transpose(0, 1) for x in (query, key, value))
@@ -65,6 +81,59 @@ def check(made: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
 def test_attention_to_a_padded_text_is_plain_attention(real):
     given = text(real)
     check(text_attention_triton.attend_text(*given), *given)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width"), SIZES)
+@pytest.mark.parametrize("real", [1, 12, 80])
+def test_rounded_attention_is_attention_of_the_normed_query_rounded_once(real, tokens, heads, width):
+    query, key, value = text(real, tokens, heads, width, keys=80)
+    rows, weight = rows_of(query)
+    values, scales = text_attention_triton.attend_text_round(rows, weight, key, value, 1e-6)
+    wanted, wanted_scales = text_attention.attend_text_round(rows, weight, key, value, 1e-6)
+    assert (values.dtype, values.shape) == (torch.float8_e4m3fn, rows.shape)
+    torch.testing.assert_close(scales, wanted_scales, rtol=2.0**-22, atol=0)
+    # What is seen errs by a rounding of the weights to bf16, and may be rounded to the next of the 8-bit numbers.
+    step = (wanted.float().abs() / 8).clamp_min(2.0**-9) + 448 * 4 * BF16
+    assert ((values.float() - wanted.float()).abs() <= step).all()
+    assert (values.float() != wanted.float()).float().mean() < 0.25
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5, 3.0e38, 1e-38, math.inf, -math.inf])
+def test_bound_of_the_values_is_the_largest_whatever_its_sign(value):
+    _, key, values = text(12, keys=130)
+    values.clamp_(-abs(value), abs(value))
+    values[0, 77, 1, 3] = value
+    assert torch.equal(largest(key, values), values.float().abs().max())
+
+
+def test_bound_of_values_with_a_nan_is_none():
+    _, key, values = text(12, keys=130)
+    values[0, 40, 0, 1] = math.nan
+    values[0, 41, 0, 1] = math.inf
+    assert largest(key, values).isnan()
+
+
+def test_values_of_zero_are_rounded_to_zero():
+    query, key, value = text(12)
+    values, scales = text_attention_triton.attend_text_round(*rows_of(query), key, torch.zeros_like(value), 1e-6)
+    assert (values.float() * scales == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_product_makes_a_number_of_what_is_none(bad):
+    query, key, value = text(12)
+    rows, weight = rows_of(query)
+
+    def is_nan(rows: Tensor, value: Tensor) -> list[bool]:
+        values, scales = text_attention_triton.attend_text_round(rows, weight, key, value, 1e-6)
+        found: list[bool] = (values.float() * scales).sum(1).isnan().tolist()
+        return found
+
+    bad_row, bad_value = rows.clone(), value.clone()
+    bad_row[2, 7] = bad_value[0, 40, 0, 1] = bad
+    assert is_nan(rows, value) == [False] * 5
+    assert is_nan(bad_row, value) == [False, False, True, False, False]
+    assert is_nan(rows, bad_value) == [True] * 5
 
 
 @pytest.mark.parametrize("real", [1, 65, 512])
@@ -99,7 +168,7 @@ def test_attention_to_nothing_but_padding_gives_its_value():
 def test_rows_at_the_end_are_counted_where_key_and_value_are_equal(keys, values, count):
     _, key, value = draw(1, 2, 16, keys=130)
     key[:, keys:], value[:, values:] = key[:, -1:], value[:, -1:]
-    assert text_attention_triton.distinct_rows(key, value).tolist() == [count]
+    assert distinct_rows(key, value) == count
     assert text_attention.distinct_rows(key[0], value[0]) == count
 
 
@@ -110,13 +179,13 @@ def test_rows_that_differ_in_one_number_are_not_equal(first, other, of):
     changed = key if of == "key" else value
     changed[:, 12:, 1, 15] = first
     changed[:, 100, 1, 15] = other
-    assert text_attention_triton.distinct_rows(key, value).tolist() == [101]
+    assert distinct_rows(key, value) == 101
 
 
 def test_row_of_nan_is_equal_to_itself():
     _, key, value = text(12, keys=130)
     key[:, 12:, 0, 3] = math.nan
-    assert text_attention_triton.distinct_rows(key, value).tolist() == [12]
+    assert distinct_rows(key, value) == 12
 
 
 @pytest.mark.parametrize("rows", [slice(12, 130), slice(40, 41), slice(3, 4)])
@@ -146,6 +215,7 @@ def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
     monkeypatch.setattr(text_attention, "TEST_HEADS", 2)
     monkeypatch.setattr(text_attention, "TEST_HEAD", 32)
     monkeypatch.setattr(text_attention, "attend_text", module.attend_text)
+    monkeypatch.setattr(text_attention, "attend_text_round", module.attend_text_round)
     return text_attention.problem.__wrapped__("cpu")
 
 
@@ -162,12 +232,12 @@ def test_self_test_accepts_the_kernels(monkeypatch):
         ("tl.where((index <= count)[None, :], logits, float(\"-inf\"))", "logits"),
         ("(key != tl.load(key_at + last, mask=inside, other=0)) | (", "("),
         ("value != tl.load(value_at + last, mask=inside, other=0)", "False"),
-        ("count_at, row + 1", "count_at, row"),
+        ("found_at, row + 1", "found_at, row"),
         ("found * fade[:, None]", "found"),
         ("total * fade", "total"),
         ("        largest = larger\n", ""),
         (" * scale +", " +"),
-        ("(found / total[:, None])", "found"),
+        ("return found / total[:, None]", "return found"),
         ("(first + row < tokens)", "(first + row < tokens - 1)"),
         ("(index[:, None] * heads + head)", "(index[:, None] * heads)"),
         ("tl.program_id(0) // heads * queries", "tl.program_id(0) // heads"),
@@ -180,7 +250,32 @@ def test_self_test_accepts_the_kernels(monkeypatch):
     ],
 )  # fmt: skip
 def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
-    assert "its result is off" in str(problem(changed("text_attention_triton", old, new), monkeypatch))
+    assert "result is off" in str(problem(changed("text_attention_triton", old, new), monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("value * root[:, None] * weight[None, :]", "value * weight[None, :]"),
+        ("value * root[:, None] * weight[None, :]", "value * root[:, None]"),
+        ("weight_at + head * width + column", "weight_at + column"),
+        ("roots_at + number, mask", "roots_at + number % queries, mask"),
+        ("tl.sum(value * value, axis=0) / width + eps", "tl.sum(value * value, axis=0) + eps"),
+        ("(limit / bound)", "(limit / bound / 2)"),
+        ("+ bound / limit, mask=exists & (head == 0)", "+ bound / limit, mask=exists & (number < queries)"),
+        ("& 0x7FFF, axis=0", "& 0x3FFF, axis=0"),
+        ("tl.max(value.to(tl.int32) & 0x7FFF, axis=0)", "tl.max(value.to(tl.int32), axis=0) // 2"),
+        ("bound / limit, mask", "bound / limit * 1.07, mask"),
+    ],
+    ids=[
+        "no norm", "a norm without its weight", "the first head's weight", "the first tile's norms", "no mean",
+        "rounded by another scale", "scales of the first tile only", "a bound without its largest bit",
+        "a bound far too small", "a scale of its own",
+    ],
+)  # fmt: skip
+def test_self_test_refuses_a_rounding_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
+    said = problem(changed("text_attention_triton", old, new), monkeypatch)
+    assert "its rounded result is off" in str(said)
 
 
 def test_self_test_refuses_a_kernel_to_which_a_nan_is_equal_to_all(changed: Callable[..., ModuleType], monkeypatch):
