@@ -1,25 +1,25 @@
-"""Float pixels of a decoder -> the bytes of a picture or video, refusing what has no colour."""
+"""Between a model's float pixels and the bytes of pictures and videos. What has no colour becomes no byte."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from schemas.errors import BadOutput
 
-if TYPE_CHECKING:
-    import numpy as np
-
+# Level -> pixel, with the roundings of diffusers' VideoProcessor. There are 256, so they are looked up: on a CPU that
+# is a tenth of the time of the same arithmetic over a picture.
+PIXELS = (2.0 * (torch.arange(256, dtype=torch.float32) / 255.0) - 1.0).numpy()
 
 # Chunks in flight from a card: it computes the next two, which come together, while the host takes these. With more the
 # launches of a third pair wait until the card's queue has room for them, and frames that are ready wait with them.
 AHEAD = 2
 
 
-def stream_uint8(chunks: Iterable[Tensor]) -> "Iterator[np.ndarray]":
+def stream_uint8(chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """`to_uint8` of each chunk (C, F, H, W), in their order.
 
     A card does not wait for the host: bytes go through page-locked memory while the next chunks are computed.
@@ -36,7 +36,7 @@ def stream_uint8(chunks: Iterable[Tensor]) -> "Iterator[np.ndarray]":
         yield sent.popleft().receive()
 
 
-def to_uint8(frames: Tensor) -> "np.ndarray":
+def to_uint8(frames: Tensor) -> np.ndarray:
     """(C, F, H, W) float in [-1, 1] on any device -> (F, H, W, C) uint8, rounded to the nearest level.
 
     Computed where the tensor is, in fp32, so that a card sends bytes and not floats to the host.
@@ -47,6 +47,11 @@ def to_uint8(frames: Tensor) -> "np.ndarray":
     return _send(frames).receive()
 
 
+def from_uint8(levels: np.ndarray) -> Tensor:
+    """(F, H, W, C) uint8 -> (1, C, F, H, W) fp32 in [-1, 1] on the CPU."""
+    return torch.from_numpy(PIXELS.take(np.ascontiguousarray(levels.transpose(3, 0, 1, 2))))[None]
+
+
 @dataclass(frozen=True)
 class _Sent:
     """Bytes on their way to the host. `arrival` is None where they did not have to travel."""
@@ -55,7 +60,7 @@ class _Sent:
     is_finite: Tensor
     arrival: torch.cuda.Event | None
 
-    def receive(self) -> "np.ndarray":
+    def receive(self) -> np.ndarray:
         if self.arrival is not None:
             self.arrival.synchronize()
         if not self.is_finite:
@@ -77,7 +82,7 @@ def _send(frames: Tensor) -> _Sent:
     return _Sent(here, verdict, arrival)
 
 
-def image_to_uint8(image: Tensor) -> "np.ndarray":
+def image_to_uint8(image: Tensor) -> np.ndarray:
     """(1, C, H, W) float in [-1, 1] -> (H, W, C) uint8.
 
     Raises:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.denoise import Prompts
+from engine.frames import from_uint8
 from engine.geometry import VideoShape, fit_area
 from engine.pictures import fit_picture
 from engine.text import MAX_TOKENS, PromptEncoder
@@ -29,10 +30,8 @@ def asked_shape(request: VideoRequest, picture: Image.Image, max_area: int) -> V
 
 
 def read_picture(picture: Image.Image, shape: VideoShape) -> Tensor:
-    """The first frame (1, 3, 1, H, W) fp32 in [-1, 1], with the roundings of diffusers' VideoProcessor."""
-    levels = np.asarray(fit_picture(picture, shape.height, shape.width))  # (H, W, 3)
-    pixels = 2.0 * torch.from_numpy(levels.astype(np.float32) / 255.0) - 1.0
-    return pixels.permute(2, 0, 1)[None, :, None].contiguous()
+    """The first frame (1, 3, 1, H, W) fp32 in [-1, 1]."""
+    return from_uint8(np.asarray(fit_picture(picture, shape.height, shape.width))[None])
 
 
 def read_words(request: VideoRequest, encoder: PromptEncoder, device: torch.device) -> Words:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from engine.chain import newest_frames
 from engine.conditioning import LAYOUTS, Given
+from engine.frames import from_uint8
 from engine.pictures import fit_picture
 from engine.svi_request import frames_of
 from schemas.errors import InvalidInput, Problem
@@ -48,7 +48,5 @@ def read_scene(request: SviEndframeRequest, pictures: Mapping[str, Any], height:
 
 
 def _pixels(frames: Sequence[Image.Image], height: int, width: int) -> Tensor:
-    """(1, 3, f, height, width) fp32 in [-1, 1], with the roundings of diffusers' VideoProcessor."""
-    levels = np.stack([np.asarray(fit_picture(frame, height, width)) for frame in frames])  # (f, h, w, 3)
-    pixels = 2.0 * torch.from_numpy(levels.astype(np.float32) / 255.0) - 1.0
-    return pixels.permute(3, 0, 1, 2)[None].contiguous()
+    """(1, 3, f, height, width) fp32 in [-1, 1]."""
+    return from_uint8(np.stack([np.asarray(fit_picture(frame, height, width)) for frame in frames]))

@@ -54,12 +54,13 @@ class WanLightning:
         shape = asked_shape(request, task.pictures["image_url"], task.profile.max_area)
         self._placed.expect([shape.latent()])
         with progress.stage("encode"):
-            words = read_words(request, self._prompts, self._device)
             start = read_picture(task.pictures["image_url"], shape).to(self._device)
+            noise = self._noise(task.seed, shape)
             condition = start_condition(start, shape.frames, self._encode)
+            words = read_words(request, self._prompts, self._device)  # last: the text encoder is read after the VAE
         with progress.stage("denoise", request.num_inference_steps) as step:
             latents = denoise(
-                self._noise(task.seed, shape),
+                noise,
                 condition,
                 words.embedded,
                 phases_for(task.profile, request.num_inference_steps, request.guidance_scale),

@@ -5,9 +5,10 @@ the first frame is written; and the experts have done their work when the VAE be
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -68,6 +69,23 @@ class Job:
         return LatentShape(frames, self.height // VAE_STRIDE_S, self.width // VAE_STRIDE_S)
 
 
+class Noise(NamedTuple):
+    """A clip's, and the generator that it came from: what fills unknown frames is drawn after it."""
+
+    drawn: Tensor
+    """(1, z, T, h, w) fp32 on the CPU."""
+    generator: torch.Generator
+
+
+class Opening(NamedTuple):
+    """What a clip's denoising begins with, on the card."""
+
+    noise: Tensor
+    """(1, z, T, h, w) fp32."""
+    condition: Tensor
+    """(1, 4 + z, T, h, w) fp32."""
+
+
 class WanSvi:
     """Both experts, the VAE and the text encoder, each where the plan for this card puts it."""
 
@@ -87,12 +105,17 @@ class WanSvi:
     def _run(self, task: Task, progress: Progress) -> Frames:
         job = self._job(task)
         self._placed.expect(job.latent(clip.latent_frames) for clip in job.clips)
-        scene = read_scene(job.request, task.pictures, job.height, job.width)
+        with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
+            noise = thread.submit(self._draw, job, job.clips[0])  # 15 ms, in which pictures are read
+            scene = read_scene(job.request, task.pictures, job.height, job.width)
         with progress.stage("encode"):
-            prompts, notes = self._embed(job)
             given = self._given(job, scene)
+            # First, because the card works on pictures alone while Python launches the text encoder's many kernels; and
+            # in a new process the VAE is there before the text encoder.
+            opening = self._open(job, job.clips[0], given, noise.result())
+            prompts, notes = self._embed(job)
         with progress.stage("denoise", job.schedule.steps * len(job.clips)) as step:
-            film = self._denoise(job, given, prompts, step)
+            film = self._denoise(job, given, opening, prompts, step)
         anchor = anchor_digest(scene.given.anchor)
         state = _state_after(job, film, anchor) if job.request.return_state else None
         return Frames(
@@ -155,28 +178,38 @@ class WanSvi:
             motion,
         )
 
-    def _denoise(self, job: Job, given: Given, prompts: list[Prompts], step: Callable[[], None]) -> Film:
-        """Run the clips one after the other, each on the motion of the one before."""
+    def _draw(self, job: Job, clip: Clip) -> Noise:
+        generator = torch.Generator("cpu").manual_seed(clip.seed)
+        shape = (1, self._placed.vae.config.z_dim, *job.latent(clip.latent_frames))
+        return Noise(torch.randn(shape, generator=generator, dtype=torch.float32), generator)
+
+    def _open(self, job: Job, clip: Clip, given: Given, noise: Noise) -> Opening:
+        """What a clip begins with. The card may still be at work on the condition."""
+        on_card = noise.drawn.to(self._device)  # before the VAE begins: the copy waits for what the card does
+        shown = given if LAYOUTS[clip.layout].needs_end else replace(given, end=None)
+        filling = Filling(job.request.empty_frames, noise.generator)
+        return Opening(on_card, condition(clip.layout, clip.latent_frames, shown, self._encode, filling))
+
+    def _denoise(
+        self, job: Job, given: Given, opening: Opening, prompts: list[Prompts], step: Callable[[], None]
+    ) -> Film:
+        """Run the clips one after the other, each on the motion of the one before. `opening`: of the first."""
         film: Film = []
         for clip, prompt in zip(job.clips, prompts, strict=True):
-            layout = LAYOUTS[clip.layout]
-            generator = torch.Generator("cpu").manual_seed(clip.seed)
-            shape = (1, self._placed.vae.config.z_dim, *job.latent(clip.latent_frames))
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
-            shown = given if layout.needs_end else replace(given, end=None)
-            filling = Filling(job.request.empty_frames, generator)
-            y = condition(clip.layout, clip.latent_frames, shown, self._encode, filling)
+            if film:
+                opening = self._open(job, clip, given, self._draw(job, clip))
             latents = denoise(
-                noise,
-                y,
+                opening.noise,
+                opening.condition,
                 prompt,
                 job.schedule.phases,
                 ReferenceEuler(shift=job.schedule.flow_shift),
                 job.experts,
                 lambda *_: step(),
             )
-            if layout.end_alone and job.request.lock_end is not False:
-                latents = torch.cat([latents[:, :, :-1], y[:, 4:, -1:]], dim=2)  # y ends on E(end)
+            if LAYOUTS[clip.layout].end_alone and job.request.lock_end is not False:
+                end = opening.condition[:, 4:, -1:]  # the condition ends on E(end)
+                latents = torch.cat([latents[:, :, :-1], end], dim=2)
             film.append((clip, latents.cpu()))
             if clip is not job.clips[-1]:
                 given = replace(given, motion=motion_after(clip, latents, job.request.overlap))

@@ -4,8 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from engine.frames import AHEAD, image_to_uint8, stream_uint8, to_uint8
+from engine.frames import AHEAD, from_uint8, image_to_uint8, stream_uint8, to_uint8
 from schemas.errors import BadOutput
+
+
+def test_every_level_becomes_the_pixel_that_diffusers_makes_of_it():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    wanted = 2.0 * torch.from_numpy(levels.astype(np.float32) / 255.0) - 1.0
+    assert torch.equal(from_uint8(levels), wanted.permute(3, 0, 1, 2)[None])
+
+
+def test_pixels_have_colour_first_and_keep_frame_height_width():
+    levels = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    pixels = from_uint8(levels)
+    assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((1, 3, 2, 4, 5), torch.float32, True)
+    assert np.array_equal(to_uint8(pixels[0]), levels)
 
 
 def test_to_uint8_moves_colour_last_and_keeps_frame_height_width():

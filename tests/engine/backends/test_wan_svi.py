@@ -207,6 +207,20 @@ def test_prompts_are_encoded_once_and_the_negative_one_only_for_guidance():
     assert len(encoded) == 2
 
 
+def test_pictures_are_encoded_before_words_and_each_clips_noise_is_there_before_its_pictures(backend, monkeypatch):
+    """The card is at work on pictures while Python launches the text encoder; a copy to it waits for what it does."""
+    order: list[str] = []
+
+    def told(name, function):
+        return lambda *args: order.append(name) or function(*args)
+
+    monkeypatch.setattr(backend, "_draw", told("noise", backend._draw))
+    monkeypatch.setattr(backend, "_encode", told("picture", backend._encode))
+    monkeypatch.setattr(backend, "_embed", told("words", backend._embed))
+    run(backend, video_length=21, segments=2)
+    assert order == ["noise", "picture", "words", "noise", "picture", "picture"]
+
+
 def test_guided_run_reads_the_negative_prompt(backend):
     fields = {"guidance_scale": 3.0}
 
