@@ -4,10 +4,11 @@ Why. The stock decoder spends most of its time moving data, not multiplying: eve
 clones its input, adds its bias in a pass of its own and is handed channels first, which the tensor cores take only
 after a conversion; every norm is five passes in fp32. A bf16 decode at 832x480x81 moves 2.4 TB that way.
 
-How. Activations are (frames, height, width, channels) from the first convolution to the last. What a convolution
-reads is written once, straight behind the two frames kept of the chunk before; the border in space is the
-convolution's own. Bias, norm, SiLU and the residual sum are fused (engine.passes). Several latent frames may be
-decoded at a time: the decoder is causal, so a chunk's length changes how sums are cut and nothing else.
+How. Activations are (frames, height, width, channels) from the first convolution to the last. Each convolution makes
+the room that it reads, and the pass before writes its results straight to their places there, with the two frames
+kept of the chunk before; the border in space is the convolution's own. Bias, norm, SiLU and the residual sum are fused
+(engine.passes). Several latent frames may be decoded at a time: the decoder is causal, so a chunk's length changes how
+sums are cut and nothing else.
 
 The first latent frame is always a chunk of its own. It becomes one frame, every other one four, because the
 convolutions that double the frames (WanResample, its mark 'Rep') leave it out and start on zeros after it.
@@ -29,19 +30,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.geometry import VAE_STRIDE_S, VAE_STRIDE_T
-from engine.passes import TORCH, Passes, norm
+from engine.passes import LOOK_BACK, MOST_STACKED_CHANNELS, TORCH, Passes, norm, place
 
-LOOK_BACK = 2  # frames that a causal convolution of length 3 sees before its own
-MOST_STACKED_CHANNELS = 96  # of a convolution that is run as a StackedConv; measured, see there
 COLOURS = 3
 WRITTEN_CHANNELS = 8  # the tensor cores write channels in eights; three would take the slow way
 MOST_LATENTS_A_CHUNK = 2  # on an H200 at 480x832 four are 1 % faster and take 2.3 GiB more
 # What one chunk may take beside the frames kept for the next (1.8 GB at 832x480 in bf16). Both together are well below
 # what a profile's plan sets aside for an 8-bit forward, and the decode comes after the last one.
 WORK_BYTES = 4_500_000_000
-# Most that is alive at a time, in tensors as large as the last activation: around a stacked convolution, what the block
-# began with (one), its input behind the frames kept (one and a half), that stacked (three) and its output (one).
-WIDEST = 6.5
+# Most that is alive at a time, in tensors as large as the last activation. Around a stacked convolution: what the block
+# began with (one), what the first one made (one), what is read (three) and what is made of it (one).
+WIDEST = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +50,15 @@ class CausalConv:
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, padded: Tensor, *, add_bias: bool) -> Tensor:
+    def room(self, x: Tensor) -> Tensor:
+        """What it reads of frames like x (f, h, w, in), to be written: (LOOK_BACK + f, h, w, in)."""
+        f, h, w, c = x.shape
+        return x.new_empty(LOOK_BACK + f, h, w, c)
+
+    def __call__(self, room: Tensor, *, add_bias: bool) -> Tensor:
         """(LOOK_BACK + f, h, w, in) -> (f, h, w, out)."""
         border = self.weight.shape[-1] // 2
-        video = padded.permute(3, 0, 1, 2)[None]  # (1, c, f, h, w), and still channels last in memory
+        video = room.permute(3, 0, 1, 2)[None]  # (1, c, f, h, w), and still channels last in memory
         bias = self.bias if add_bias else None
         out = functional.conv3d(video, self.weight, bias, padding=(0, border, border))
         return out[0].permute(1, 2, 3, 0)
@@ -64,17 +68,20 @@ class CausalConv:
 class StackedConv(CausalConv):
     """The same function over single frames, each with the two before it stacked in its channels.
 
-    With 96 channels at 480x832 the libraries' convolution over frames reaches 296 TFLOP/s on an H200 and this one 528,
-    for one more pass over memory; with 192 and more the convolution over frames is as fast. `weight`: (out, 3 * in,
-    k, k), channels last.
+    With 96 channels at 480x832 the libraries' convolution over frames reaches 296 TFLOP/s on an H200 and this one 528;
+    what it reads is written three times for that. With 192 and more the convolution over frames is as fast. `weight`:
+    (out, 3 * in, k, k), channels last.
     """
 
-    def __call__(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """(LOOK_BACK + f, h, w, in) -> (f, h, w, out)."""
-        frames = padded.shape[0] - LOOK_BACK
-        stacked = torch.cat([padded[i : i + frames] for i in range(LOOK_BACK + 1)], dim=-1)
+    def room(self, x: Tensor) -> Tensor:
+        """What it reads of frames like x (f, h, w, in), to be written: (f, h, w, 3 * in), the oldest frame first."""
+        f, h, w, c = x.shape
+        return x.new_empty(f, h, w, (LOOK_BACK + 1) * c)
+
+    def __call__(self, room: Tensor, *, add_bias: bool) -> Tensor:
+        """(f, h, w, 3 * in) -> (f, h, w, out)."""
         bias = self.bias if add_bias else None
-        out = functional.conv2d(stacked.permute(0, 3, 1, 2), self.weight, bias, padding=self.weight.shape[-1] // 2)
+        out = functional.conv2d(room.permute(0, 3, 1, 2), self.weight, bias, padding=self.weight.shape[-1] // 2)
         return out.permute(0, 2, 3, 1)
 
 
@@ -85,32 +92,26 @@ class Past:
     has_begun: bool = False
     _kept: dict[CausalConv, Tensor] = field(default_factory=dict)
 
-    def begin(self, conv: CausalConv, x: Tensor, channels: int) -> Tensor:
-        """Room for the input of `conv`: (LOOK_BACK + f, h, w, channels), where f, h, w are those of `x`.
+    def kept(self, conv: CausalConv, x: Tensor) -> Tensor:
+        """The last frames that `conv` was given before x (f, h, w, c), or zeros: (LOOK_BACK, h, w, c).
 
-        The first frames are those kept, or zeros; the rest is to be written.
+        Who fills its room overwrites them with the last ones there, for the next chunk.
         """
-        f, h, w, _ = x.shape
-        padded = x.new_empty(LOOK_BACK + f, h, w, channels)
-        if conv in self._kept:
-            padded[:LOOK_BACK] = self._kept[conv]
-        else:
-            padded[:LOOK_BACK] = 0
-        return padded
-
-    def keep(self, conv: CausalConv, padded: Tensor) -> Tensor:
-        """Remember the last frames of what `begin` gave and somebody has filled; returns it."""
-        if conv in self._kept:
-            self._kept[conv].copy_(padded[-LOOK_BACK:])
-        else:
-            self._kept[conv] = padded[-LOOK_BACK:].clone()
-        return padded
+        if conv not in self._kept:
+            self._kept[conv] = x.new_zeros(LOOK_BACK, *x.shape[1:])
+        return self._kept[conv]
 
     def convolve(self, conv: CausalConv, x: Tensor) -> Tensor:
         """`conv` on x (f, h, w, c) as it is, with its bias."""
-        padded = self.begin(conv, x, x.shape[-1])
-        padded[LOOK_BACK:] = x
-        return conv(self.keep(conv, padded), add_bias=True)
+        room = conv.room(x)
+        place(x, self.kept(conv, x), room)
+        return conv(room, add_bias=True)
+
+    def normed(self, conv: CausalConv, x: Tensor, bias: Tensor | None, gamma: Tensor, passes: Passes) -> Tensor:
+        """What `conv` reads of x (f, h, w, c) after norm and SiLU. `bias`: of what made x, if still to be added."""
+        room = conv.room(x)
+        passes.norm_silu(x, bias, gamma, self.kept(conv, x), room)
+        return room
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,19 +125,11 @@ class Residual:
 
     def __call__(self, x: Tensor, past: Past, passes: Passes) -> Tensor:
         first, second = self.convs
-        y = self._norm_conv(first, self.gammas[0], None, x, past, passes)
-        y = self._norm_conv(second, self.gammas[1], first.bias, y, past, passes)
+        y = first(past.normed(first, x, None, self.gammas[0], passes), add_bias=False)
+        room = past.normed(second, y, first.bias, self.gammas[1], passes)
+        y = second(room, add_bias=False)
         identity = x if self.shortcut is None else functional.linear(x, *self.shortcut)
         return passes.add(y, second.bias, identity)
-
-    @staticmethod
-    def _norm_conv(
-        conv: CausalConv, gamma: Tensor, bias: Tensor | None, x: Tensor, past: Past, passes: Passes
-    ) -> Tensor:
-        """`bias`: of the convolution that made x, still to be added. This one's is left to the next pass."""
-        padded = past.begin(conv, x, x.shape[-1])
-        passes.norm_silu(x, bias, gamma, padded[LOOK_BACK:])
-        return conv(past.keep(conv, padded), add_bias=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,9 +217,8 @@ class FastDecoder:
         x = past.convolve(self._first, latents)
         for stage in self._stages:
             x = stage(x, past, self.passes)
-        padded = past.begin(self._last, x, x.shape[-1])
-        self.passes.norm_silu(x, None, self._last_gamma, padded[LOOK_BACK:])
-        pixels = self._last(past.keep(self._last, padded), add_bias=True)[..., :COLOURS]
+        room = past.normed(self._last, x, None, self._last_gamma, self.passes)
+        pixels = self._last(room, add_bias=True)[..., :COLOURS]
         return pixels.permute(3, 0, 1, 2)[None].clamp(-1.0, 1.0)
 
 

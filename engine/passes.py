@@ -7,6 +7,7 @@ operators here, for any device; engine.passes_triton for a card. A card's kernel
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,17 +16,34 @@ from torch.nn import functional
 # Both forms in bf16 against each other: one rounds once, the other after each step. A wrong index or sum is below 10.
 MIN_SNR_DB = 35.0
 MAX_REASON = 200  # characters of a compiler's message, which can be pages
+LOOK_BACK = 2  # frames that a causal convolution of length 3 sees before its own
+MOST_STACKED_CHANNELS = 96  # of frames that are placed side by side; measured, see engine.fast_decode.StackedConv
 SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize has it: a pixel of zeros stays zero
 
 
 @dataclass(frozen=True)
 class Passes:
-    norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
-    """x (f, h, w, c), bias (c,) or None, gamma (c,), out (f, h, w, c): out = SiLU(RMS norm of (x + bias) * gamma)."""
+    norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
+    """x (f, h, w, c), bias (c,) or None, gamma (c,), kept, room: `place` of SiLU(RMS norm of (x + bias) * gamma)."""
     add: Callable[[Tensor, Tensor, Tensor], Tensor]
     """x (f, h, w, c), bias (c,), other as x: x + bias + other. May be written over x."""
     double_size: Callable[[Tensor], Tensor]
     """(f, h, w, c) -> (f, 2h, 2w, c), each pixel four times."""
+
+
+def place(x: Tensor, kept: Tensor, room: Tensor) -> None:
+    """Write x (f, h, w, c) to where a causal convolution reads it, after the frames kept of the chunk before.
+
+    `kept`: (LOOK_BACK, h, w, c), the frames before x; becomes the last frames of both, for the next chunk.
+    `room`: (LOOK_BACK + f, h, w, c), the frames kept and x; or (f, h, w, (LOOK_BACK + 1) * c), each frame of x after
+    those before it, side by side, the oldest first.
+    """
+    c = x.shape[-1]
+    for i, lane in enumerate(room.split(c, dim=-1)):
+        before = LOOK_BACK - i
+        lane[:before] = kept[i : i + lane.shape[0]]
+        lane[before:] = x[: max(0, lane.shape[0] - before)]
+    kept.copy_(torch.cat([kept, x[-LOOK_BACK:]])[-LOOK_BACK:])
 
 
 def norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -35,8 +53,8 @@ def norm(x: Tensor, gamma: Tensor) -> Tensor:
     return (wide * (x.shape[-1] ** 0.5 / length) * gamma.float()).to(x.dtype)
 
 
-def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
-    out.copy_(functional.silu(norm(x if bias is None else x + bias, gamma)))
+def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, kept: Tensor, room: Tensor) -> None:
+    place(functional.silu(norm(x if bias is None else x + bias, gamma)), kept, room)
 
 
 def _add(x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
@@ -76,14 +94,19 @@ def agree(passes: Passes, device: str, channels: int) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).bfloat16()
 
-    x, other = draw(2, 3, 5, channels), draw(2, 3, 5, channels)
+    x, other = draw(3, 3, 5, channels), draw(3, 3, 5, channels)
     gamma, bias = draw(channels), draw(channels)
+    kept = draw(LOOK_BACK, 3, 5, channels)
     pairs = [(passes.double_size(x), TORCH.double_size(x))]
-    for given in (None, bias):
-        mine, torchs = (torch.full_like(x, float("nan")) for _ in range(2))  # what is not written must not pass
-        passes.norm_silu(x, given, gamma, mine)
-        TORCH.norm_silu(x, given, gamma, torchs)
-        pairs.append((mine, torchs))
+    # A first chunk is one frame long. Frames side by side are a kernel more, compiled where it will be used.
+    for given, few, stacked in product((None, bias), (x[:1], x), {False, channels <= MOST_STACKED_CHANNELS}):
+        f = few.shape[0]
+        shape = (f, 3, 5, (LOOK_BACK + 1) * channels) if stacked else (LOOK_BACK + f, 3, 5, channels)
+        # What is not written must not pass.
+        mine, torchs = ((kept.clone(), torch.full(shape, float("nan")).to(x)) for _ in range(2))
+        passes.norm_silu(few, given, gamma, *mine)
+        TORCH.norm_silu(few, given, gamma, *torchs)
+        pairs += zip(mine, torchs, strict=True)
     pairs.append((passes.add(x.clone(), bias, other), TORCH.add(x, bias, other)))
     return all(_snr_db(mine, torchs) > MIN_SNR_DB for mine, torchs in pairs)
 

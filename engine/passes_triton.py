@@ -1,4 +1,4 @@
-"""The passes of engine.passes as Triton kernels: each tensor is read once and written once.
+"""The passes of engine.passes as Triton kernels: each value is read once and written to where it is read next.
 
 Imported on a card, and by tests/kernels, which runs them in Triton's interpreter.
 
@@ -34,12 +34,14 @@ def _each_channel(values_at: tl.tensor, channel: tl.tensor, channels: tl.constex
     return tl.load(values_at + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["frames", "pixels"])
 def _norm_silu_kernel(
     x_at: tl.tensor,
     bias_at: tl.tensor,
     gamma_at: tl.tensor,
-    out_at: tl.tensor,
+    kept_at: tl.tensor,
+    room_at: tl.tensor,
+    frames: int,
     pixels: int,
     channels: tl.constexpr,
     block: tl.constexpr,
@@ -47,16 +49,44 @@ def _norm_silu_kernel(
     root: tl.constexpr,
     smallest: tl.constexpr,
     has_bias: tl.constexpr,
+    stacked: tl.constexpr,
 ) -> None:
-    _, channel, inside, at = _tile(pixels, channels, block, tile)
-    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+    """`pixels`: of a frame. A program has its own of every frame in turn, and so those of the two before at hand."""
+    pixel, channel, inside, at = _tile(pixels, channels, block, tile)
+    frame = tl.cast(pixels, tl.int64) * channels  # 64 bits as in _tile
+    gamma = _each_channel(gamma_at, channel, channels)
     if has_bias:
-        x += _each_channel(bias_at, channel, channels)
-    length = tl.sqrt(tl.sum(x * x, axis=1))
-    length = tl.where(length < smallest, smallest, length)  # a maximum would take the number for a NaN
-    y = x * (root / length)[:, None] * _each_channel(gamma_at, channel, channels)
-    y = y * tl.sigmoid(y)
-    tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=inside)
+        bias = _each_channel(bias_at, channel, channels)
+    oldest = tl.load(kept_at + at, mask=inside)
+    older = tl.load(kept_at + frame + at, mask=inside)
+    if stacked:
+        to = at + pixel.to(tl.int64)[:, None] * 2 * channels
+    else:
+        to = at
+        tl.store(room_at + to, oldest, mask=inside)
+        tl.store(room_at + frame + to, older, mask=inside)
+        room_at += 2 * frame
+    for _ in range(frames):
+        x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+        if has_bias:
+            x += bias
+        length = tl.sqrt(tl.sum(x * x, axis=1))
+        length = tl.where(length < smallest, smallest, length)  # a maximum would take the number for a NaN
+        y = x * (root / length)[:, None] * gamma
+        new = (y * tl.sigmoid(y)).to(room_at.dtype.element_ty)
+        if stacked:
+            tl.store(room_at + to, oldest, mask=inside)
+            tl.store(room_at + channels + to, older, mask=inside)
+            tl.store(room_at + 2 * channels + to, new, mask=inside)
+            room_at += 3 * frame
+        else:
+            tl.store(room_at + to, new, mask=inside)
+            room_at += frame
+        x_at += frame
+        oldest = older
+        older = new
+    tl.store(kept_at + at, oldest, mask=inside)
+    tl.store(kept_at + frame + at, older, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -97,15 +127,18 @@ def _double_size_kernel(
             tl.store(out_at + to[:, None] * channels + channel[None, :], x, mask=inside)
 
 
-def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
-    assert out.is_contiguous(), "written by offset"
+def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, kept: Tensor, room: Tensor) -> None:
+    assert kept.is_contiguous(), "read and written by offset"
+    assert room.is_contiguous(), "written by offset"
     x = x.contiguous()
-    grid, pixels, channels, block, tile = _cut(x)
+    grid, pixels, channels, block, tile = _cut(x[0])
     _norm_silu_kernel[grid](
         x,
         gamma if bias is None else bias,  # some address; not read without has_bias
         gamma,
-        out,
+        kept,
+        room,
+        x.shape[0],
         pixels,
         channels,
         block,
@@ -113,6 +146,7 @@ def _norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> No
         root=channels**0.5,
         smallest=SMALLEST_NORM,
         has_bias=bias is not None,
+        stacked=room.shape[-1] != channels,
     )
 
 

@@ -1,5 +1,7 @@
 """The rearranged decoder: the stock decoder's function, whatever the chunk, with nothing kept between videos."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 from engine import fast_decode, placing
 from engine.card import Card, Levers
-from engine.fast_decode import FastDecoder, Past, channels
+from engine.fast_decode import CausalConv, FastDecoder, Past, StackedConv, channels
 from engine.passes import TORCH
 from engine.placing import _bf16_decoder
 from engine.vae import decode_chunks, decode_end_single, denormalise
@@ -106,7 +108,7 @@ def test_first_latent_frame_with_doubled_frames_would_be_wrong(narrow):
 def test_chunks_without_what_was_kept_would_be_wrong(narrow, monkeypatch):
     latents = noise(5)
     right = decoded(FastDecoder(narrow, torch.float32), latents)
-    monkeypatch.setattr(Past, "keep", lambda _past, _conv, padded: padded)
+    monkeypatch.setattr(Past, "kept", lambda _past, _conv, x: x.new_zeros(2, *x.shape[1:]))
     assert (decoded(FastDecoder(narrow, torch.float32), latents) - right).abs().max() > 0.01
 
 
@@ -183,12 +185,36 @@ def test_frames_stacked_in_channels_give_what_a_convolution_over_frames_gives(na
     assert torch.allclose(stacked, decoded(FastDecoder(narrow, torch.float32), latents), atol=1e-5)
 
 
-def test_frames_stacked_in_another_order_would_be_wrong(narrow, monkeypatch):
+def test_frames_stacked_in_another_order_would_be_wrong(narrow):
     latents = noise(4, height=3, width=5)
     right = decoded(FastDecoder(narrow, torch.float32), latents)
-    cat = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: cat(tensors[::-1] if dim == -1 else tensors, dim=dim))
-    assert not torch.allclose(right, decoded(FastDecoder(narrow, torch.float32), latents), atol=1e-2)
+
+    def turned(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, *places: torch.Tensor) -> None:
+        TORCH.norm_silu(x, bias, gamma, *places)
+        room = places[-1].unflatten(-1, (-1, x.shape[-1]))
+        room.copy_(room.flip(-2))
+
+    made = decoded(FastDecoder(narrow, torch.float32, replace(TORCH, norm_silu=turned)), latents)
+    assert not torch.allclose(right, made, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("latents_a_chunk", [1, 2, 3])
+def test_frames_written_to_their_places_give_the_bits_of_frames_put_together(
+    narrow, monkeypatch, dtype, latents_a_chunk
+):
+    latents = noise(4, height=3, width=5)
+    made = decoded(FastDecoder(narrow, dtype, latents_a_chunk=latents_a_chunk), latents)
+
+    class PutTogether(StackedConv):
+        room = CausalConv.room
+
+        def __call__(self, room: torch.Tensor, *, add_bias: bool) -> torch.Tensor:
+            f = room.shape[0] - 2
+            return super().__call__(torch.cat([room[i : i + f] for i in range(3)], dim=-1), add_bias=add_bias)
+
+    monkeypatch.setattr(fast_decode, "StackedConv", PutTogether)
+    assert torch.equal(made, decoded(FastDecoder(narrow, dtype, latents_a_chunk=latents_a_chunk), latents))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine import passes
-from engine.passes import TORCH, agree, choose, norm
+from engine.passes import TORCH, agree, choose, norm, place
 
 
 def make_pixels(channels: int = 6) -> torch.Tensor:
@@ -37,14 +37,37 @@ def test_norm_is_the_stock_one():
     torch.testing.assert_close(made, stock(channels_first(x)), atol=1e-6, rtol=0)
 
 
-def test_norm_silu_writes_into_the_room_it_is_given():
+def frames(*numbers: float) -> torch.Tensor:
+    """A pixel of one channel a frame."""
+    return torch.tensor(numbers)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("x", "in_a_row", "side_by_side", "last"),
+    [
+        ([3], [1, 2, 3], [[1, 2, 3]], [2, 3]),
+        ([3, 4], [1, 2, 3, 4], [[1, 2, 3], [2, 3, 4]], [3, 4]),
+        ([3, 4, 5], [1, 2, 3, 4, 5], [[1, 2, 3], [2, 3, 4], [3, 4, 5]], [4, 5]),
+        ([3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [[1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 6]], [5, 6]),
+    ],
+)
+def test_place_writes_frames_after_those_kept_in_a_row_or_side_by_side(x, in_a_row, side_by_side, last):
+    for wanted in (in_a_row, side_by_side):
+        kept, room = frames(1, 2), torch.zeros(len(wanted), 1, 1, len(wanted[0]) if wanted is side_by_side else 1)
+        place(frames(*x), kept, room.fill_(torch.nan))
+        assert room[:, 0, 0].squeeze(-1).tolist() == wanted
+        assert kept.flatten().tolist() == last
+
+
+def test_norm_silu_places_its_results_after_the_frames_kept():
     stock, x = make_norm(), make_pixels()
     bias = torch.arange(6.0)
-    room = torch.full((4, 3, 5, 6), 7.0)
-    TORCH.norm_silu(x, bias, stock.gamma.flatten(), room[2:])
+    kept, room = torch.full((2, 3, 5, 6), 7.0), torch.full((4, 3, 5, 6), torch.nan)
+    TORCH.norm_silu(x, bias, stock.gamma.flatten(), kept, room)
     wanted = functional.silu(stock(channels_first(x + bias)))
     torch.testing.assert_close(channels_first(room[2:]), wanted, atol=1e-6, rtol=0)
     assert (room[:2] == 7.0).all()
+    assert torch.equal(kept, room[2:])
 
 
 def test_double_size_is_the_stock_upsampling():
@@ -62,11 +85,14 @@ def test_agree_accepts_torchs_own():
     "wrong",
     [
         replace(TORCH, add=lambda x, _bias, other: x + other),
-        replace(TORCH, norm_silu=lambda x, _bias, gamma, out: TORCH.norm_silu(x, None, gamma, out)),
-        replace(TORCH, norm_silu=lambda _x, _bias, _gamma, out: out.zero_()),
+        replace(TORCH, norm_silu=lambda x, _bias, gamma, *places: TORCH.norm_silu(x, None, gamma, *places)),
+        replace(TORCH, norm_silu=lambda _x, _bias, _gamma, _kept, room: room.zero_()),
+        replace(
+            TORCH, norm_silu=lambda x, bias, gamma, kept, room: TORCH.norm_silu(x, bias, gamma, kept.clone(), room)
+        ),
         replace(TORCH, double_size=lambda x: TORCH.double_size(x).roll(1, dims=2)),
     ],
-    ids=["no bias in the sum", "no bias in the norm", "nothing", "one pixel aside"],
+    ids=["no bias in the sum", "no bias in the norm", "nothing", "nothing kept", "one pixel aside"],
 )
 def test_agree_refuses_wrong_results(wrong):
     assert not agree(wrong, "cpu", 24)

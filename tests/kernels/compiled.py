@@ -10,9 +10,11 @@ from engine import passes_triton, rounding_triton, text_attention_triton, wideni
 
 AMPERE, ADA, HOPPER = 80, 89, 90
 PIXELS = {"channels": 96, "block": 128, "tile": 16}
+NORM = {**PIXELS, "root": 9.8, "smallest": 1e-12, "has_bias": True}
 ROW = {"width": 5120, "block": 8192, "smallest": 1e-12, "limit": 448.0}
 PASSES: list[tuple[Any, dict[str, Any]]] = [
-    (passes_triton._norm_silu_kernel, {**PIXELS, "root": 9.8, "smallest": 1e-12, "has_bias": True}),
+    (passes_triton._norm_silu_kernel, {**NORM, "stacked": False}),
+    (passes_triton._norm_silu_kernel, {**NORM, "stacked": True}),
     (passes_triton._add_kernel, PIXELS),
     (passes_triton._double_size_kernel, PIXELS),
 ]
@@ -35,7 +37,7 @@ TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
     (text_attention_triton._attend_round_kernel, {**TEXT, "smallest": 1e-12, "limit": 448.0}),
 ]
 WIDENING = {"width": 5120, "block": 8192}
-NUMBERS = {"pixels": "i32", "width": "i32"}
+NUMBERS = {"frames": "i32", "pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
 ROUNDINGS_TYPES = {**dict.fromkeys(FP32, "*fp32"), "values_at": "*fp8e4nv", "rows": "i32"}
 OF_TEXT = {"found_at": "*i32", "tokens": "i32", "roots_at": "*fp32", "scales_at": "*fp32", "values_at": "*fp8e4nv"}

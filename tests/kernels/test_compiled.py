@@ -9,7 +9,7 @@ from pathlib import Path
 from builder.lockfile import LOCK, read_lock
 from engine.settings import ROOT
 
-PASSES = ["_norm_silu_kernel", "_add_kernel", "_double_size_kernel"]
+PASSES = ["_norm_silu_kernel", "_norm_silu_kernel", "_add_kernel", "_double_size_kernel"]
 ROUNDINGS = [
     "_plain_round_kernel", "_gelu_round_kernel", *["_norm_round_kernel"] * 3, "_norm_rotate_kernel",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.passes import TORCH, agree
+from engine.passes import TORCH, agree, place
 from engine.passes_triton import TILE, TRITON
 
 DECODERS_CHANNELS = [96, 192, 384]
@@ -22,9 +22,9 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    TRITON.norm_silu(x, bias, gamma, out)
-    return out
+    kept, room = torch.zeros(2, *x.shape[1:], dtype=x.dtype), torch.empty(2 + x.shape[0], *x.shape[1:], dtype=x.dtype)
+    TRITON.norm_silu(x, bias, gamma, kept, room)
+    return room[2:]
 
 
 def exact_norm(x: Tensor, bias: Tensor | None, gamma: Tensor) -> Tensor:
@@ -67,26 +67,43 @@ def test_norm_silu_lets_no_pixel_spoil_another(bad):
     x, gamma = draw(1, 3, 5, 24), draw(24, seed=1)
     right = norm_silu(x, None, gamma)
     x[0, 1, 2, 7] = bad
-    made, torchs = norm_silu(x, None, gamma), torch.empty_like(x)
-    TORCH.norm_silu(x, None, gamma, torchs)
+    made, torchs = norm_silu(x, None, gamma), torch.empty(3, 3, 5, 24)
+    TORCH.norm_silu(x, None, gamma, torch.zeros(2, 3, 5, 24), torchs)
     assert made[0, 1, 2].isnan().any()
-    assert torch.equal(made.isnan(), torchs.isnan())
+    assert torch.equal(made.isnan(), torchs[2:].isnan())
     assert torch.equal(made.flatten(0, 2)[:7], right.flatten(0, 2)[:7])
     assert torch.equal(made.flatten(0, 2)[8:], right.flatten(0, 2)[8:])
 
 
-@pytest.mark.parametrize("name", ["norm_silu", "add"])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2, 3), (8, 1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_norm_silu_places_the_bits_of_every_frame_where_torch_does(shape, channels, dtype, stacked):
+    frames, *picture = shape
+    x, gamma = draw(*shape, channels, dtype=dtype), draw(channels, seed=1, dtype=dtype)
+    before = draw(2, *picture, channels, seed=2, dtype=dtype)
+    before.flatten()[:: max(1, before.numel() // 4)] = math.nan
+    room = torch.empty(frames, *picture, 3 * channels) if stacked else torch.empty(2 + frames, *picture, channels)
+    mine, torchs = ((before.clone(), torch.empty_like(room, dtype=dtype)) for _ in range(2))
+    TRITON.norm_silu(x, None, gamma, *mine)
+    place(norm_silu(x, None, gamma), *torchs)
+    assert all(torch.equal(bits(made), bits(wanted)) for made, wanted in zip(mine, torchs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["norm_silu", "norm_silu, stacked", "add"])
 def test_nothing_but_the_room_given_is_written(name):
-    """The room lies between frames that the next convolution reads."""
-    room, before = torch.full((5, 3, 5, 24), 7.0), draw(2, 3, 5, 24)
-    room[2:4] = before
-    bias = draw(24, seed=2)
+    around, before, bias = torch.full((11, 3, 5, 24), 7.0), draw(2, 3, 5, 24), draw(24, seed=2)
+    kept, room = around[1:3], around[4:10] if "stacked" in name else around[4:8]
+    kept.zero_()
     if name == "add":
-        assert TRITON.add(room[2:4], bias, before).data_ptr() == room[2:4].data_ptr()
+        room.copy_(torch.cat([before, before]))
+        assert TRITON.add(room, bias, room.clone()).data_ptr() == room.data_ptr()
     else:
-        TRITON.norm_silu(before, bias, bias, room[2:4])
-    assert (room[[0, 1, 4]] == 7.0).all()
-    assert (room[2:4] != before).all()
+        TRITON.norm_silu(before, bias, bias, kept, room.view(2, 3, 5, 72) if "stacked" in name else room)
+    assert (around[[0, 3, 10]] == 7.0).all()
+    assert (around[8:] == 7.0).all() or "stacked" in name
+    assert (room != 7.0).all()
 
 
 def test_input_that_does_not_lie_channels_last_is_read_right():
@@ -139,17 +156,41 @@ def test_agree_accepts_the_kernels(channels):
         ("(pixel < pixels)", "(pixel < pixels - 1)"),
         ("(channel < channels)[None, :]", "(channel < channels - 1)[None, :]"),
         ("mask=channel < channels,", "mask=channel < channels - 1,"),
-        ("    if has_bias:\n        x += _each", "    if has_bias:\n        _each"),
+        ("            x += bias\n", "            x += 0.0\n"),
         ("    x += _each_channel(bias_at, channel, channels)\n    x += tl", "    x += tl"),
-        ("* _each_channel(gamma_at, channel, channels)", ""),
+        ("(root / length)[:, None] * gamma", "(root / length)[:, None]"),
         ("x * x, axis=1", "x, axis=1"),
         ("y * tl.sigmoid(y)", "tl.sigmoid(y)"),
         ("down * 2 * width", "down * width"),
         ("mask=inside)\n    # Line", "mask=inside & (at > 0))\n    # Line"),
+        ("oldest, mask=inside)\n            tl", "oldest, mask=inside & (at > 0))\n            tl"),
+        ("            tl.store(room_at + channels + to, older, mask=inside)\n", ""),
+        ("room_at + 2 * channels + to, new", "room_at + channels + to, new"),
+        ("tl.store(room_at + to, oldest, mask=inside)\n        tl", "tl"),
+        ("tl.store(room_at + frame + to, older", "tl.store(room_at + to, older"),
+        ("room_at += 2 * frame", "room_at += frame"),
+        ("room_at += 3 * frame", "room_at += 2 * frame"),
+        ("            room_at += frame\n", ""),
+        ("        x_at += frame\n", ""),
+        ("        oldest = older\n", ""),
+        ("        older = new\n", ""),
+        ("oldest = older\n        older = new", "older = new\n        oldest = older"),
+        ("[:, None] * 2 * channels", "[:, None] * channels"),
+        ("oldest = tl.load(kept_at + at,", "oldest = tl.load(kept_at + frame + at,"),
+        ("older = tl.load(kept_at + frame + at,", "older = tl.load(kept_at + at,"),
+        ("tl.store(kept_at + at, oldest", "tl.store(kept_at + at, older"),
+        ("    tl.store(kept_at + at, oldest, mask=inside)\n", ""),
+        ("    tl.store(kept_at + frame + at, older, mask=inside)\n", ""),
+        ("kept_at + frame + at, older, mask=inside", "kept_at + frame + at, older, mask=inside & (at > 0)"),
     ],
     ids=[
         "a pixel too few", "a channel too few", "a channel's bias or gamma too few", "no bias in the norm",
         "no bias in the sum", "no gamma", "no squares", "no SiLU", "lower lines in another place", "a value not read",
+        "a value of the oldest not stacked", "the middle one not stacked", "the newest in the middle's place",
+        "the oldest kept not placed", "both kept in one place", "the first over what is kept", "stacks that overlap",
+        "all frames in one place", "one frame read for all", "the oldest stays", "the middle one stays",
+        "the newest twice", "stacked pixels that overlap", "the second kept twice", "the first kept twice",
+        "the last kept twice", "the last but one not kept", "the last not kept", "a value of the last not kept",
     ],
 )  # fmt: skip
 def test_agree_refuses_a_kernel_that_is_wrong(changed, old, new):
