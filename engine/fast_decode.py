@@ -39,8 +39,8 @@ MOST_LATENTS_A_CHUNK = 2  # on an H200 at 480x832 four are 1 % faster and take 2
 # what a profile's plan sets aside for an 8-bit forward, and the decode comes after the last one.
 WORK_BYTES = 4_500_000_000
 # Most that is alive at a time, in tensors as large as the last activation. Around a stacked convolution: what the block
-# began with (one), what the first one made (one), what is read (three) and what is made of it (one).
-WIDEST = 6
+# began with (one), what is read (three), and what was made of it or, before, what it was made of (one).
+WIDEST = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,7 @@ class Residual:
         first, second = self.convs
         y = first(past.normed(first, x, None, self.gammas[0], passes), add_bias=False)
         room = past.normed(second, y, first.bias, self.gammas[1], passes)
+        del y  # has been read, and the second convolution needs its memory
         y = second(room, add_bias=False)
         identity = x if self.shortcut is None else functional.linear(x, *self.shortcut)
         return passes.add(y, second.bias, identity)

@@ -1,5 +1,7 @@
 """The rearranged decoder: the stock decoder's function, whatever the chunk, with nothing kept between videos."""
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -215,6 +217,42 @@ def test_frames_written_to_their_places_give_the_bits_of_frames_put_together(
 
     monkeypatch.setattr(fast_decode, "StackedConv", PutTogether)
     assert torch.equal(made, decoded(FastDecoder(narrow, dtype, latents_a_chunk=latents_a_chunk), latents))
+
+
+@pytest.fixture
+def new_objects_alone() -> Iterator[None]:
+    """`gc.get_objects` leaves out what is there already, weights among it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("new_objects_alone")
+def test_as_much_is_alive_around_a_stacked_convolution_as_the_estimate_says(narrow, monkeypatch):
+    """Counted where a convolution or a norm begins; what a convolution will make is added."""
+    counts = []
+    last = 8 * 64 * 64 * 8 * 4  # bytes of the last activation: frames, height, width, channels
+
+    def count(made: int) -> None:
+        storages = [one.untyped_storage() for one in gc.get_objects() if torch.is_tensor(one)]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
+        counts.append((made + sum(size for size in sizes if size > last / 2)) / last)  # frames kept are smaller
+
+    convolve = functional.conv2d
+
+    def conv2d(x: torch.Tensor, weight: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        count(made=x.nbytes // x.shape[1] * weight.shape[0])
+        return convolve(x, weight, *rest, **more)
+
+    def norm_silu(x: torch.Tensor, *rest: torch.Tensor | None) -> None:
+        count(made=0)
+        TORCH.norm_silu(x, *rest)
+
+    decoder = FastDecoder(narrow, torch.float32, replace(TORCH, norm_silu=norm_silu), latents_a_chunk=2)
+    monkeypatch.setattr(functional, "conv2d", conv2d)
+    for _ in decoder.decode(noise(5, height=8, width=8)):
+        pass
+    assert max(counts) == fast_decode.WIDEST
 
 
 @pytest.mark.gpu
