@@ -91,7 +91,7 @@ def _encode(frames: Frames, mp4: Mp4, decoded: Future[Decoded]) -> bytes:
 
 
 def _save(stream: bytes, path: Path, frames: Frames, luma: tuple[float, ...], decoded: Future[Decoded]) -> MediaFile:
-    """Write, read back, verify and name the file. `luma` and `decoded`, once it is there, as for `verify`."""
+    """Write, read back, verify and name the file. `luma` and `decoded` as for `verify`."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with as_encoding_failed("written"):
@@ -99,7 +99,7 @@ def _save(stream: bytes, path: Path, frames: Frames, luma: tuple[float, ...], de
             size_bytes, sha256 = _measure(partial)
         if sha256 != hashlib.sha256(stream).hexdigest():
             raise EncodingFailed("the video on the disk is not what was written to it")
-        found = verify(partial, frames.shape, frames.fps, luma, _pictures(decoded))
+        found = verify(partial, frames.shape, frames.fps, luma, decoded)
         with as_encoding_failed("named"):
             partial.replace(path)
     finally:
@@ -123,11 +123,12 @@ def _pictures(decoded: Future[Decoded]) -> Decoded:
         return decoded.result()
 
 
-def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...], decoded: Decoded) -> Probe:
+def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...], coming: Future[Decoded]) -> Probe:
     """Compare a file with what it should be, from its boxes to each frame's brightness.
 
     `luma`: mean of each frame's Y plane as it went to the encoder.
-    `decoded`: what a decoder made of the packets that must be in the file, all of them and no others.
+    `coming`: what a decoder makes of the packets that must be in the file, all of them and no others. It is waited for
+    when the file has been taken apart.
 
     Raises:
         EncodingFailed: names the first thing that differs.
@@ -135,6 +136,7 @@ def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...], dec
     with as_encoding_failed("read back"):
         check_streamable(top_boxes(path))
         found = _probe(path)
+    decoded = _pictures(coming)
     looks = {frame[1:5] for frame in decoded.frames}
     facts = [
         ("codec", found.codec, "h264"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -616,12 +616,18 @@ def packets_of(path: Path):
                 yield Packet.of(packet, bytes(packet), stream.codec_context.extradata or b"")
 
 
+def done(decoded: Decoded) -> Future[Decoded]:
+    coming: Future[Decoded] = Future()
+    coming.set_result(decoded)
+    return coming
+
+
 def accepts(path: Path, luma: tuple[float, ...], expected: Decoded | None = None) -> bool:
     """Whether `verify` takes it for the file of `expected`; None: of its own packets, which is to decode it whole."""
     try:
         with as_encoding_failed("decoded"):
             decoded = expected or decode_packets(packets_of(path))
-        verify(path, SHAPE, 16, luma, decoded)
+        verify(path, SHAPE, 16, luma, done(decoded))
     except EncodingFailed:
         return False
     return True
@@ -681,7 +687,7 @@ def test_verify_refuses_a_good_file_for_what_was_decoded(tmp_path, wrong, words)
     path = encoded(tmp_path / "video.mp4", pictures())
     good = decode_packets(packets_of(path))
     with pytest.raises(EncodingFailed, match=words):
-        verify(path, SHAPE, 16, given_luma(pictures()), wrong(good))
+        verify(path, SHAPE, 16, given_luma(pictures()), done(wrong(good)))
 
 
 def looking(decoded: Decoded, **changed) -> Decoded:
@@ -714,7 +720,7 @@ def test_verify_says_what_differs(tmp_path, choices, video, words):
     path = encoded(tmp_path / "video.mp4", video, **choices)
     whole = path if "codec" not in choices else encoded(tmp_path / "whole", video)
     with pytest.raises(EncodingFailed, match=words):
-        verify(path, SHAPE, 16, given_luma(pictures()), decode_packets(packets_of(whole)))
+        verify(path, SHAPE, 16, given_luma(pictures()), done(decode_packets(packets_of(whole))))
 
 
 @pytest.mark.parametrize(
@@ -730,5 +736,5 @@ def test_verify_names_no_path_in_its_error(tmp_path, content, words):
     if content is not None:
         (tmp_path / "video.mp4").write_bytes(content)
     with pytest.raises(EncodingFailed) as caught:
-        verify(tmp_path / "video.mp4", SHAPE, 16, (), Decoded((), ()))
+        verify(tmp_path / "video.mp4", SHAPE, 16, (), done(Decoded((), ())))
     assert caught.value.sentence == f"the video could not be read back: {words}"
