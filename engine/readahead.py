@@ -13,9 +13,12 @@ from typing import ClassVar
 
 from engine import host_memory
 
-# Read by one call; between two of them it can be stopped. Whoever comes back from a call may wait 5 ms for the
-# interpreter while another thread imports: after each 16 MiB that made 1.4 GB/s of a disk's 2.5.
-STEP_BYTES = 64 * 2**20
+# Whoever comes back from a call waits for the interpreter while another thread imports: 5 ms for its turn, and tenths
+# of a second while a large library is linked, which gives no turns. So two threads read in turn, and by large calls:
+# of a disk's 2.4 GB/s one with 64 MiB a call made 1.9; two with 64, 128 and 256 MiB make 2.1, 2.2 and 2.3. Between two
+# calls a thread can be stopped.
+THREADS = 2
+STEP_BYTES = 256 * 2**20
 BUFFER_BYTES = 2**20  # what one call fills again and again, since nobody looks at it
 FIRST = ("vae", "text_encoder", "image_encoder")  # what a job needs before its transformers
 
@@ -26,7 +29,7 @@ def order_of_need(names: Sequence[str]) -> list[str]:
 
 
 class ReadAhead:
-    """Reads `files` in their order in a thread of its own, up to `max_bytes`. A file that cannot be read is left out.
+    """Reads `files` in their order in threads of its own, up to `max_bytes`. A file that cannot be read is left out.
 
     None: half of the memory that is free. More would push other pages out, of this very file in the end.
     The first step, if any, is taken before the constructor returns; the rest ends by itself, or with `stop`.
@@ -44,30 +47,48 @@ class ReadAhead:
 
     def __init__(self, files: Sequence[Path], max_bytes: int | None = None) -> None:
         self.bytes_read = 0
+        self._files = files
+        self._taken = [0] * len(files)  # how much of each file the steps taken so far cover
+        self._left = host_memory.free_bytes() // 2 if max_bytes is None else max_bytes
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
-        steps = self._steps(files, host_memory.free_bytes() // 2 if max_bytes is None else max_bytes)
-        next(steps, None)
-        self._thread = threading.Thread(target=lambda: [None for _ in steps], name="read-ahead", daemon=True)
-        self._thread.start()
+        readers = [self._steps() for _ in range(THREADS)]
+        next(readers[0], None)
+        self._threads = [
+            threading.Thread(target=lambda steps=steps: [None for _ in steps], name="read-ahead", daemon=True)
+            for steps in readers
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Read no further, and wait until the thread is gone."""
+        """Read no further, and wait until the threads are gone."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _steps(self, files: Sequence[Path], max_bytes: int) -> Iterator[None]:
+    def _steps(self) -> Iterator[None]:
+        """A thread's: whatever steps nobody has taken, one after the other."""
         places = [bytearray(min(BUFFER_BYTES, STEP_BYTES))] * max(1, STEP_BYTES // BUFFER_BYTES)
-        for path in files:
+        for i, path in enumerate(self._files):
             try:
                 with path.open("rb", buffering=0) as stream:
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                    offset = 0
-                    while self.bytes_read < max_bytes and not self._stopped.is_set():
+                    size = os.fstat(stream.fileno()).st_size
+                    while (offset := self._take(i, size)) is not None:
                         count = os.preadv(stream.fileno(), places, offset)
-                        if not count:
-                            break
-                        offset += count
-                        self.bytes_read += count
+                        with self._lock:
+                            self.bytes_read += count
                         yield
             except OSError:
                 continue  # the reader that comes after says what is wrong with it
+
+    def _take(self, i: int, size: int) -> int | None:
+        """Where the next step of file `i` begins; None: there is none, or no more may be read."""
+        with self._lock:
+            offset = self._taken[i]
+            if offset >= size or self._left <= 0 or self._stopped.is_set():
+                return None
+            self._taken[i] += STEP_BYTES
+            self._left -= min(STEP_BYTES, size - offset)
+            return offset

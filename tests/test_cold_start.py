@@ -30,16 +30,16 @@ from engine.settings import Settings
 seen = []
 step = readahead.ReadAhead._steps
 
-def watched(self, files, max_bytes):
-    for _ in step(self, files, max_bytes):
+def watched(self):
+    for _ in step(self):
         seen.append(("torch" in sys.modules, "diffusers" in sys.modules))
         yield
-    seen.append([path.parent.name for path in files])
+    seen.append([path.parent.name for path in self._files])
 
 readahead.ReadAhead._steps = watched
 baked = weights.locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=Path(sys.argv[1])))
 parts = baked.parts()
-parts.ahead._thread.join()
+[thread.join() for thread in parts.ahead._threads]
 import diffusers
 print(json.dumps([seen[0], seen[-1], parts.ahead.bytes_read, baked.parts().ahead is None]))
 """

@@ -30,7 +30,8 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def finish(ahead: ReadAhead) -> int:
-    ahead._thread.join(10)
+    for thread in ahead._threads:
+        thread.join(10)
     assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
     return ahead.bytes_read
 
@@ -68,7 +69,24 @@ def test_step_is_one_call_that_fills_a_small_buffer_again_and_again(
         lambda fd, places, at: calls.append((len(places), len({*map(id, places)}))) or read(fd, places, at),
     )
     assert finish(ReadAhead(files[:1])) == 2500
-    assert calls == [(4, 1)] * 4  # three with bytes in them, and the one that meets the end
+    assert calls == [(4, 1)] * 3
+
+
+def test_next_step_is_under_way_while_one_thread_waits_for_the_interpreter(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, both = os.preadv, threading.Barrier(2)
+    at: list[int] = []
+
+    def meets_the_other(fd: int, places: list[bytearray], offset: int) -> int:
+        at.append(offset)
+        if len(at) > 1:  # the first one is the constructor's
+            both.wait(10)
+        return read(fd, places, offset)
+
+    monkeypatch.setattr(os, "preadv", meets_the_other)
+    assert finish(ReadAhead(files[:1])) == 2500
+    assert sorted(at) == [0, STEP, 2 * STEP]
 
 
 def test_nothing_to_read_is_nothing_to_do() -> None:
@@ -80,7 +98,8 @@ def test_stop_ends_it_between_two_steps(files: list[Path], monkeypatch: pytest.M
     monkeypatch.setattr(threading.Thread, "start", lambda _: None)
     ahead = ReadAhead(files)
     ahead._stopped.set()
-    begun(ahead._thread)
+    for thread in ahead._threads:
+        begun(thread)
     ahead.stop()
     assert ahead.bytes_read == STEP
 
@@ -89,7 +108,7 @@ def test_request_takes_the_place_of_the_reader_that_a_refused_one_left(
     twins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
-    monkeypatch.setattr(ReadAhead, "_steps", lambda self, *_: iter(lambda: self._stopped.wait(0.01), True))
+    monkeypatch.setattr(ReadAhead, "_steps", lambda self: iter(lambda: self._stopped.wait(0.01), True))
     baked = locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=twins))
     one, other = (baked.parts().ahead for _ in range(2))
     assert one is not None
@@ -97,7 +116,7 @@ def test_request_takes_the_place_of_the_reader_that_a_refused_one_left(
     reading = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     other.stop()
     one.stop()
-    assert reading == [other._thread]
+    assert reading == other._threads
 
 
 def test_order_is_vae_encoders_and_then_the_transformers() -> None:
