@@ -6,7 +6,8 @@ low-noise expert comes in while the high-noise steps run.
 
 Reading goes on between `expect` and the end of the job that is attended; a job that ends before everything has come
 pauses it, and whoever waits next resumes it. So no thread outlives a job, and a cancel or a deadline takes hold while
-waiting. What goes wrong in a thread is raised where somebody waits.
+waiting. What goes wrong in a thread is raised where somebody waits. A ReadAhead that has begun with the same files goes
+on under the same rule until the threads here have reached it (`follow`).
 """
 
 import logging
@@ -24,6 +25,7 @@ from torch import nn
 
 from engine.packing import BLOCKS
 from engine.progress import Progress
+from engine.readahead import ReadAhead
 from engine.reading import CHUNK_BYTES, Chunk, Lane, Wanted, chunks
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,9 @@ class _Work:
         self.halted = False
         self.error: BaseException | None = None
         self.active = 0
+        self.ahead: ReadAhead | None = None
         self.tally = Tally()
+        self._taken_bytes = 0
         self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self._device = device
         self._chunk_bytes = chunk_bytes
@@ -76,6 +80,8 @@ class _Work:
 
     def halt(self) -> None:
         self.halted = True
+        if self.ahead is not None:
+            self.ahead.end()
 
     def run(self) -> None:
         """A thread: deliver chunks until there are none, or somebody said halt, or a lane failed."""
@@ -96,7 +102,11 @@ class _Work:
     def _take(self, lane: Lane) -> tuple[_Delivery, Chunk] | None:
         with self.changed:
             if self.queue and not self.halted and self.error is None:
-                return self.queue.popleft()
+                delivery, chunk = self.queue.popleft()
+                self._taken_bytes += chunk.size_bytes
+                if self.ahead is not None:
+                    self.ahead.reached(self._taken_bytes)
+                return delivery, chunk
             try:
                 self.tally.card_s += lane.close()
             except BaseException as error:  # noqa: BLE001 as above; the thread must be seen to leave
@@ -214,6 +224,10 @@ class Arrival:
         self._resume()
         return Coming(self, delivery)
 
+    def follow(self, ahead: ReadAhead) -> None:
+        """Let `ahead` go on with the files that are expected here, until these threads reach it or pause."""
+        self._work.ahead = ahead
+
     def stand_still(self, is_there: Callable[[], bool]) -> None:
         """Wait until `is_there`. See Coming.wait."""
         started = time.monotonic()
@@ -242,6 +256,9 @@ class Arrival:
         for thread in self._threads:
             thread.join()
         self._threads = []  # each has waited for its copies
+        if self._work.ahead is not None:
+            self._work.ahead.stop()
+            self._work.ahead = None
         self._work.halted, self._work.error = False, None  # what was not raised will be met again
 
     def close(self) -> None:

@@ -56,6 +56,8 @@ class Loader:
     def _skeleton(self, name: str) -> Skeleton | None:
         if self.rounds([name]) or not isinstance(self.parts, HasSkeletons):
             return None
+        if self.parts.ahead is not None:
+            self.arrival.follow(self.parts.ahead)
         return self.parts.skeleton(name, self.device)
 
     def _whole(self, name: str, stands: str) -> Any:

@@ -29,7 +29,7 @@ class FolderParts:
     loras: Path | None = None
     """The folder with the profile's LoRA files, if the bake kept them."""
     ahead: "ReadAhead | None" = None
-    """Reads the files into the system's memory until somebody reads them for good."""
+    """Reads the files into the system's memory; see engine.arrival.Arrival.follow. Whoever calls `load` stops it."""
 
     @property
     def keeps_loras(self) -> bool:
@@ -52,6 +52,8 @@ class FolderParts:
         folder = self.folders[name]
         if component.dtype is None:
             return library_class(component).from_pretrained(folder, local_files_only=True)
+        if self.ahead is not None:
+            self.ahead.stop()
         found = self.skeleton(name, device)
         if found is not None:
             return found.whole(device)
@@ -67,8 +69,6 @@ class FolderParts:
         """
         from engine.skeleton import Skeleton  # here, because the bake imports this module and reads otherwise
 
-        if self.ahead is not None:
-            self.ahead.stop()
         component, folder = self.profile.component(name), self.folders[name]
         files = weight_files((path.name for path in folder.iterdir()), None)
         if component.dtype is None or len(files) != 1 or not is_baked(folder):

@@ -1,8 +1,10 @@
 """Baked files on their way into the system's page cache while Python still imports its libraries.
 
 The imports of a first job take 5 to 8 seconds and leave the disk idle. Here the files are read meanwhile, in the order
-of need, and thrown away: whoever reads them next finds them in memory. Advice (POSIX_FADV_WILLNEED) would not do: Linux
-cuts each such request to one read of the device, a megabyte or less.
+of need, and thrown away: whoever reads them next finds them in memory. It goes on while they do: what was read ahead
+takes them a second to read once more, in which the disk would rest, and while a model is built they have nothing to
+read. When they have caught up it ends (`reached`). Advice (POSIX_FADV_WILLNEED) would not do: Linux cuts each such
+request to one read of the device, a megabyte or less.
 """
 
 import os
@@ -61,9 +63,18 @@ class ReadAhead:
         for thread in self._threads:
             thread.start()
 
+    def reached(self, bytes_taken: int) -> None:
+        """Who reads the files for good, in about this order, has come so far. Ends it if that is as far as this is."""
+        if bytes_taken >= self.bytes_read:
+            self.end()
+
+    def end(self) -> None:
+        """Read no further; does not wait for what is under way."""
+        self._stopped.set()
+
     def stop(self) -> None:
         """Read no further, and wait until the threads are gone."""
-        self._stopped.set()
+        self.end()
         for thread in self._threads:
             thread.join()
 

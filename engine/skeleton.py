@@ -10,6 +10,7 @@ from engine.arrival import Arrival, Coming
 from engine.packing import HostCopy, fill_piece, layout, point_at
 from engine.parts import fill
 from engine.profile import Component
+from engine.readahead import ReadAhead
 from engine.reading import Wanted
 from engine.tensorfile import Stored
 
@@ -71,6 +72,10 @@ class Skeleton:
 @runtime_checkable
 class HasSkeletons(Protocol):
     """Parts whose files may be read by us, in the order of need."""
+
+    @property
+    def ahead(self) -> ReadAhead | None:
+        """Reads them already, for nobody in particular."""
 
     def skeleton(self, name: str, device: str) -> Skeleton | None:
         """The component `name` to compute on `device`; None if its files are not one file of our bake."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.readahead import ReadAhead
+
 
 class Disk:
     """Stands in front of os.preadv. A read that is `held` waits while `gate` is shut; one that `fails` fails.
@@ -37,3 +39,16 @@ class Disk:
 def readers() -> list[str]:
     """The threads that read weights right now."""
     return [thread.name for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def readers_ahead() -> list[str]:
+    """The threads that read files for nobody in particular."""
+    return [thread.name for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def endless_ahead(monkeypatch: pytest.MonkeyPatch, bytes_read: int) -> ReadAhead:
+    """One that has come so far, and reads until it is told to end."""
+    monkeypatch.setattr(ReadAhead, "_steps", lambda self: iter(lambda: self._stopped.wait(0.01), True))
+    ahead = ReadAhead([])
+    ahead.bytes_read = bytes_read
+    return ahead

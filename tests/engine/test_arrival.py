@@ -16,7 +16,7 @@ from engine.progress import Progress
 from engine.reading import Wanted
 from engine.tensorfile import Spec, TensorWriter, read_offsets
 from schemas.errors import Cancelled, JobTimeout, WeightsCorrupt
-from tests.engine.disk import Disk, readers
+from tests.engine.disk import Disk, endless_ahead, readers, readers_ahead
 
 PIECES = 6
 ROWS = 64  # of each piece, 1 kB
@@ -236,6 +236,43 @@ def test_no_thread_outlives_a_job_that_did_not_need_everything(arrival: Arrival,
         disk.gate.set()
     assert readers() == []
     second.wait_whole()
+
+
+def test_read_ahead_ends_when_the_threads_reach_it(
+    arrival: Arrival, folder: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = endless_ahead(monkeypatch, 3 * 1024)
+    arrival.follow(ahead)
+    disk.gate.clear()
+    disk.held = lambda _, offset: is_page(offset, 1)
+    coming, _ = expected(arrival, folder, "a")
+    coming.wait(0)
+    assert readers_ahead()
+    disk.gate.set()
+    coming.wait_whole()
+    for thread in ahead._threads:
+        thread.join(10)
+    assert readers_ahead() == []
+
+
+def test_no_read_ahead_outlives_a_job(arrival: Arrival, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrival.follow(endless_ahead(monkeypatch, 2**40))
+    coming, _ = expected(arrival, folder, "a")
+    with arrival.attended(Progress()):
+        coming.wait_whole()
+        assert readers_ahead()
+    assert readers_ahead() == []
+
+
+def test_read_ahead_ends_when_nobody_holds_the_arrival_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = endless_ahead(monkeypatch, 2**40)
+    arrival = Arrival("cpu")
+    arrival.follow(ahead)
+    del arrival
+    gc.collect()
+    for thread in ahead._threads:
+        thread.join(10)
+    assert readers_ahead() == []
 
 
 def test_close_in_the_middle_ends_the_reading_and_closes_the_files(

@@ -28,8 +28,8 @@ from engine.settings import Settings
 from engine.speed import narrow
 from engine.tensorfile import read_offsets
 from engine.weights import locate
-from schemas.errors import Cancelled, WeightsCorrupt
-from tests.engine.disk import Disk, readers
+from schemas.errors import Cancelled, RequestTooLarge, WeightsCorrupt
+from tests.engine.disk import Disk, endless_ahead, readers, readers_ahead
 from tests.engine.test_parts import MODELS, by_library
 from tests.engine.twin_models import EXPERTS, assert_equal, by_the_library, data_bytes, file_of, forward, tensors
 
@@ -86,6 +86,49 @@ def test_every_byte_is_read_once_and_in_the_order_of_need(
     assert list(dict.fromkeys(path for path, _, _ in disk.reads)) == files
     assert sum(count for _, _, count in disk.reads) == sum(data_bytes(path) for path in files)
     assert len({(path, offset) for path, offset, _ in disk.reads}) == len(disk.reads)
+
+
+def test_read_ahead_goes_on_while_models_are_placed_and_ends_with_the_job(
+    placed: Callable[..., Placed], parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = placed(of=replace(parts, ahead=endless_ahead(monkeypatch, 2**40)))
+    with made.attended(Progress()):
+        for expert in EXPERTS:
+            with made.experts.use(expert) as model:
+                forward(model)
+        assert readers_ahead()
+    assert readers_ahead() == []
+
+
+def test_read_ahead_ends_when_the_placed_models_have_caught_up(
+    placed: Callable[..., Placed], parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = endless_ahead(monkeypatch, 1_200_000)  # in the middle of the first expert
+    made = placed(of=replace(parts, ahead=ahead))
+    with made.experts.use("high") as model:
+        forward(model)
+    for thread in ahead._threads:
+        thread.join(10)
+    assert readers_ahead() == []
+
+
+@pytest.mark.parametrize("refusal", [RequestTooLarge("no room"), WeightsCorrupt("damaged")])
+def test_placing_that_fails_once_it_reads_leaves_no_read_ahead(
+    refusal: Exception, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise refusal
+
+    of = replace(parts, ahead=endless_ahead(monkeypatch, 2**40))
+    monkeypatch.setattr(placing, "_experts", fails)
+    with pytest.raises(type(refusal)):
+        place(of.profile, of, CPU, EXPERTS)
+    assert readers_ahead() == []
+
+
+def test_whole_load_ends_the_read_ahead(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(parts, ahead=endless_ahead(monkeypatch, 2**40)).load("vae")
+    assert readers_ahead() == []
 
 
 def test_picture_encoder_comes_before_the_transformer(twins: Path, disk: Disk, placed: Callable[..., Placed]) -> None:

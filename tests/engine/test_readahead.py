@@ -104,6 +104,15 @@ def test_stop_ends_it_between_two_steps(files: list[Path], monkeypatch: pytest.M
     assert ahead.bytes_read == STEP
 
 
+def test_it_goes_on_until_who_reads_for_good_has_reached_it(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    ahead = ReadAhead(files)
+    ahead.reached(STEP - 1)
+    assert not ahead._stopped.is_set()
+    ahead.reached(STEP)
+    assert ahead._stopped.is_set()
+
+
 def test_request_takes_the_place_of_the_reader_that_a_refused_one_left(
     twins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
