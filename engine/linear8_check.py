@@ -43,7 +43,8 @@ def self_test(device: str, kinds: Mapping[str, Kind] = KINDS) -> SelfTest:
     """Multiply on the device with each fast kernel and compare with float32; a kernel that errs is left out
     and said.
 
-    Takes 0.2 s, to draw the numbers. A CPU has no fast kernel, so nothing passes there.
+    The numbers are drawn and compared there too: on the host that took most of a second of a first job. A CPU has no
+    fast kernel, so nothing passes there.
     """
     passed, notes = [], []
     for name in FAST_KINDS:
@@ -78,16 +79,20 @@ def _problem(device: str, kind: Kind) -> str | None:
 
 def product_snr_db(kind: Kind, rows: int, in_features: int, out_features: int, device: str) -> float:
     """SNR of a kind's product, one column of outliers in it, against float32 of the same 8-bit numbers."""
-    generator = torch.Generator().manual_seed(8)
-    x = torch.randn(rows, in_features, generator=generator)
+    generator = torch.Generator(device).manual_seed(8)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    x = draw(rows, in_features)
     x[:, 7] *= 50
-    x = x.to(device, torch.bfloat16)
-    weight_q, scale = round_rows(torch.randn(out_features, in_features, generator=generator).to(device), kind)
-    bias = torch.randn(out_features, generator=generator).to(device, torch.bfloat16)
-    x_q, x_scale = round_rows(x, kind)
+    x_q, x_scale = round_rows(x.bfloat16(), kind)
+    weight_q, scale = round_rows(draw(out_features, in_features), kind)
+    bias = draw(out_features).bfloat16()
+    # In float32. Where somebody has allowed TF32 it is right too: its ten bits hold every 8-bit number.
     reference = widened_product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, torch.float32)
     assert kind.product is not None
-    return snr_db(reference, kind.product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, x.dtype))
+    return snr_db(reference, kind.product(x_q, x_scale, weight_q, scale.squeeze(-1), bias, torch.bfloat16))
 
 
 def snr_db(reference: Tensor, value: Tensor) -> float:

@@ -94,6 +94,18 @@ def test_product_snr_passes_a_right_kernel_and_catches_a_wrong_one():
     assert product_snr_db(replace(KINDS["int8"], product=silent_nan), 64, 512, 256, "cpu") == float("-inf")
 
 
+def test_numbers_are_drawn_where_they_are_multiplied(monkeypatch):
+    draw, drawn = torch.randn, []
+
+    def noted(*shape, generator, device=None):
+        drawn.append((device, generator.device.type))
+        return draw(*shape, generator=generator, device=device)
+
+    monkeypatch.setattr(torch, "randn", noted)
+    product_snr_db(KINDS["fp8"], 8, 64, 32, "cpu")
+    assert drawn == [("cpu", "cpu")] * 3
+
+
 @pytest.mark.parametrize(("said", "told"), [("no kernel\nat all", "no kernel"), ("", "")])
 def test_self_test_leaves_out_a_kernel_that_fails_whatever_it_says(said, told, monkeypatch):
     def broken(*_):
