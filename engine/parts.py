@@ -1,6 +1,7 @@
 """Building components from folders: one way for a tiny twin, our bake and a repository as published."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -103,12 +104,26 @@ def read_config(component: Component, folder: Path) -> Any:
 
 
 def empty_model(component: Component, config: Any) -> Any:
-    """The model with parameters on the meta device, taking no memory; buffers that no file holds are real."""
+    """The model with parameters on the meta device, taking no memory; buffers that no file holds are real.
+
+    Nothing is drawn for parameters: without numbers it still takes as long as all the rest, or twice that.
+    """
     from accelerate import init_empty_weights
 
     cls = library_class(component)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _nothing_drawn(component):
         return cls.from_config(config) if component.library == "diffusers" else cls(config)
+
+
+def _nothing_drawn(component: Component) -> AbstractContextManager[None]:
+    """Inside the block its library draws no numbers for parameters."""
+    if component.library == "diffusers":
+        from diffusers.models import modeling_utils
+
+        return modeling_utils.no_init_weights()
+    from transformers import initialization
+
+    return initialization.no_init_weights()
 
 
 def frame(component: Component, model: Any) -> Any:
