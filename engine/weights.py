@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from engine.importing import importing
 from engine.profile import EIGHT_BITS, PRECISIONS, Component, Profile
 from engine.settings import ROOT, Settings
 from schemas.errors import SettingsError, WeightsCorrupt, WeightsMissing
@@ -79,7 +80,8 @@ class Baked:
         files = [path for name in names for path in sorted(self.folders[name].glob("*.safetensors"))]
         is_first = "diffusers" not in sys.modules and self.place.layout == "baked"
         ahead = ReadAhead.instead(files if is_first else None)
-        from engine.parts import FolderParts
+        with importing():
+            from engine.parts import FolderParts
 
         kept = f"{self.profile.folder}/{LORAS}"
         is_listed = any(file.path.startswith(f"{kept}/") for file in self.files)  # else an older bake left them

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from engine.card import Card
+from engine.importing import importing
 from engine.namesake import import_diffusers
 from engine.outputs import Frames, Images
 from engine.parking import Parkable
@@ -57,6 +58,7 @@ def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
 
 def import_backend(profile: Profile) -> Any:
     """The class of the profile's backend. The first call takes seconds: it imports what the backend computes with."""
-    import_diffusers()
-    module, name = BACKENDS[profile.backend].split(":")
-    return getattr(import_module(module), name)
+    with importing():
+        import_diffusers()
+        module, name = BACKENDS[profile.backend].split(":")
+        return getattr(import_module(module), name)
