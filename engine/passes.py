@@ -5,13 +5,18 @@ the tensor cores want them and how a norm over channels reads them. Two forms of
 operators here, for any device; engine.passes_triton for a card. A card's kernels prove themselves before they are used.
 """
 
+import logging
+import threading
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+log = logging.getLogger(__name__)
 
 # Both forms in bf16 against each other: one rounds once, the other after each step. A wrong index or sum is below 10.
 MIN_SNR_DB = 35.0
@@ -72,7 +77,7 @@ TORCH = Passes(_norm_silu, _add, _double_size)
 def choose(device: str, channels: Iterable[int]) -> tuple[Passes, tuple[str, ...]]:
     """The passes for a decoder with these numbers of channels on `device`, and what should be said.
 
-    On a card the kernels are compiled and compared here, at load: two or three seconds where nothing is cached.
+    On a card the kernels are compiled and compared here: two or three seconds where nothing is cached. See Chooser.
     """
     if torch.device(device).type != "cuda":
         return TORCH, ()
@@ -85,6 +90,45 @@ def choose(device: str, channels: Iterable[int]) -> tuple[Passes, tuple[str, ...
     if failed:
         return TORCH, (f"decode without fused passes: wrong results with {failed} channels",)
     return TRITON, ()
+
+
+class Chooser:
+    """`choose`, once, in a thread beside the card's work, which takes longer than that.
+
+    The kernels prove themselves on a stream of their own: on the job's each comparison would wait for all its forwards.
+    """
+
+    def __init__(self, device: str, channels: Iterable[int]) -> None:
+        self._device = device
+        self._channels = set(channels)
+        self._thread: threading.Thread | None = None
+        self._chosen, self._notes = TORCH, tuple[str, ...]()
+
+    def begin(self) -> None:
+        """Begin, if nobody has."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._choose, name="passes", daemon=True)
+            thread.start()  # first: one that the system refuses to start must not be waited for
+            self._thread = thread
+
+    def join(self) -> None:
+        """Wait until it is at work no more, if it has begun."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def chosen(self) -> Passes:
+        """The passes, once they are chosen; begins if nobody has. What should be said is logged, once."""
+        self.begin()
+        self.join()
+        for note in self._notes:
+            log.info("%s", note)
+        self._notes = ()
+        return self._chosen
+
+    def _choose(self) -> None:
+        is_card = torch.device(self._device).type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._device)) if is_card else nullcontext():
+            self._chosen, self._notes = choose(self._device, self._channels)
 
 
 def agree(passes: Passes, device: str, channels: int) -> bool:

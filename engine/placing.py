@@ -17,7 +17,7 @@ from engine.geometry import LatentShape
 from engine.loading import Loaded, Loader
 from engine.packing import HostCopy
 from engine.parking import Parkable
-from engine.passes import TORCH, choose
+from engine.passes import Chooser
 from engine.profile import EIGHT_BITS, Profile
 from engine.progress import Progress
 from engine.readahead import order_of_need
@@ -52,7 +52,8 @@ class Placed:
     vae: Any
     """Encodes, in fp32: what it makes is held against every later frame."""
     make_decoder: Callable[[], Any]
-    """What decodes, made from the VAE on the card: the same VAE, or a bf16 FastDecoder beside 8-bit experts."""
+    """What decodes, made from the VAE on the card: the same VAE, or a bf16 FastDecoder beside 8-bit experts. With its
+    weights at the load, in milliseconds: what a job took of the allocator's memory later, the next would lack."""
     arrival: Arrival
     """Reads what is not there yet."""
     standing: Standing
@@ -62,23 +63,43 @@ class Placed:
     notes: tuple[str, ...] = ()
     image_tokens: int = 0
     """Of a picture's embedding; 0 without an image encoder."""
+    passes: Chooser | None = None
+    """Chooses those of a FastDecoder; None: torch's serve, or it is another decoder."""
 
     def __post_init__(self) -> None:
-        self.decoder = self.make_decoder()
+        self._decoder = self.make_decoder()
+
+    @property
+    def decoder(self) -> Any:
+        """What `make_decoder` has made; waits until its passes are chosen. None while it is parked."""
+        if self._decoder is not None and self.passes is not None:
+            self._decoder.passes = self.passes.chosen()
+        return self._decoder
 
     @property
     def bytes_moved(self) -> int:
         """Host to device by what moves in a job, since the load, weights only."""
         return sum(mover.bytes_moved for mover in self.movers)
 
-    def attended(self, progress: Progress) -> AbstractContextManager[None]:
-        """A job at work with the models: its cancel ends a wait for weights, and nothing is read after the block."""
-        return self.arrival.attended(progress)
+    @contextmanager
+    def attended(self, progress: Progress) -> Iterator[None]:
+        """A job at work with the models: its cancel ends a wait for weights. No thread outlives the block."""
+        try:
+            with self.arrival.attended(progress):
+                yield
+        finally:
+            if self.passes is not None:
+                self.passes.join()
 
     def expect(self, latents: Iterable[LatentShape]) -> None:
         """A job begins that will run over latents of these shapes; see Accelerated.expect."""
         if self.accelerated is not None:
             self.accelerated.expect(latents, self.image_tokens)
+
+    def forwards_begin(self) -> None:
+        """The card has work from now on: choose meanwhile what the decode after it needs."""
+        if self.passes is not None:
+            self.passes.begin()
 
     def settle(self) -> None:
         """Between jobs: keep for the next process what this one has compiled."""
@@ -100,17 +121,17 @@ class Placed:
     def park(self) -> int:
         """A bf16 decoder goes: made again from the VAE in milliseconds, it is not worth 0.15 GB of locked memory."""
         self.arrival.pause()  # nothing is read any more, and every copy to the card is done
-        self.decoder = None
+        self._decoder = None
         return sum(part.park() for part in self._parts)
 
     def bring_back(self) -> int:
         moved_bytes = sum(part.bring_back() for part in self._parts)
-        self.decoder = self.make_decoder()
+        self._decoder = self.make_decoder()
         return moved_bytes
 
     def unload(self) -> None:
         self.arrival.close()
-        self.decoder = None
+        self._decoder = None
         for part in self._parts:
             part.unload()
 
@@ -171,14 +192,14 @@ def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str,
     if (coming := loaded["vae"].coming) is not None:
         coming.wait_whole()  # it is read first, in a fraction of a second, and a decoder is made from its values
     is_fast = made is not None and made.precision in EIGHT_BITS
-    make_decoder, said = _bf16_decoder(vae, card) if is_fast else (lambda: vae, ())
-    notes = (*notes, *(accelerated.notes if accelerated else ()), *said)
+    make_decoder, passes = _bf16_decoder(vae, card) if is_fast else (lambda: vae, None)
+    notes = (*notes, *(accelerated.notes if accelerated else ()))
     if made is not None and accelerated is not None:
         log.info("%s\nattention: %s%s", made.table(), accelerated.attention, "".join(f"\n- {note}" for note in notes))
     standing = _standing([each for name, each in loaded.items() if name in stays], loader.device)
     return Placed(
         made, running, uses, vae, make_decoder, loader.arrival, standing, tuple(movers), accelerated, notes,
-        _image_tokens(loaded),
+        _image_tokens(loaded), passes,
     )  # fmt: skip
 
 
@@ -204,10 +225,10 @@ def _experts(
     return rolling, [rolling.model], (*notes, *rolling.notes)
 
 
-def _bf16_decoder(vae: Any, card: Card) -> tuple[Callable[[], FastDecoder], tuple[str, ...]]:
-    """Makes one with weights of its own, beside the fp32 ones that encode; and what should be said."""
-    passes, notes = choose(card.device, channels(vae)) if card.levers.compile else (TORCH, ())
-    return partial(FastDecoder, vae, torch.bfloat16, passes), notes
+def _bf16_decoder(vae: Any, card: Card) -> tuple[Callable[[], FastDecoder], Chooser | None]:
+    """Makes one with weights of its own, beside the fp32 ones that encode; and who chooses its passes."""
+    passes = Chooser(card.device, channels(vae)) if card.levers.compile else None
+    return partial(FastDecoder, vae, torch.bfloat16), passes
 
 
 def _image_tokens(loaded: Mapping[str, Loaded]) -> int:

@@ -60,6 +60,7 @@ class Wan:
         self._placed.expect([shape.latent()])
         with progress.stage("encode"):
             words = read_words(request, self._prompts, self._device)
+        self._placed.forwards_begin()
         latents = self._denoise(task, request, shape, words, progress)
         return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, words.notes)
 

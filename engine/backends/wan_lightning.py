@@ -58,6 +58,7 @@ class WanLightning:
             noise = self._noise(task.seed, shape)
             condition = start_condition(start, shape.frames, self._encode)
             words = read_words(request, self._prompts, self._device)  # last: the text encoder is read after the VAE
+        self._placed.forwards_begin()
         with progress.stage("denoise", request.num_inference_steps) as step:
             latents = denoise(
                 noise,

@@ -114,6 +114,7 @@ class WanSvi:
             # in a new process the VAE is there before the text encoder.
             opening = self._open(job, job.clips[0], given, noise.result())
             prompts, notes = self._embed(job)
+        self._placed.forwards_begin()
         with progress.stage("denoise", job.schedule.steps * len(job.clips)) as step:
             film = self._denoise(job, given, opening, prompts, step)
         anchor = anchor_digest(scene.given.anchor)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.nn import functional
 
-from engine import fast_decode, placing
+from engine import fast_decode
 from engine.card import Card, Levers
 from engine.fast_decode import CausalConv, FastDecoder, Past, StackedConv, channels
 from engine.passes import TORCH
@@ -282,16 +282,16 @@ def test_decoder_computes_as_many_latent_frames_at_a_time_as_its_memory_holds(fu
 
 
 def test_placed_decoder_is_bf16_beside_the_vae(narrow):
-    make, notes = _bf16_decoder(narrow, Card("cpu", 0))
+    make, passes = _bf16_decoder(narrow, Card("cpu", 0))
     decoder = make()
     assert isinstance(decoder, FastDecoder)
     assert decoder.dtype == torch.bfloat16
-    assert notes == ()
+    assert passes.chosen() is TORCH
 
 
-def test_placed_decoder_takes_no_kernels_where_compiling_is_off(narrow, monkeypatch):
-    monkeypatch.setattr(placing, "choose", lambda *_: pytest.fail("kernels were asked for"))
-    make, _ = _bf16_decoder(narrow, Card("cpu", 0, levers=Levers(compile=False)))
+def test_placed_decoder_takes_no_kernels_where_compiling_is_off(narrow):
+    make, passes = _bf16_decoder(narrow, Card("cpu", 0, levers=Levers(compile=False)))
+    assert passes is None
     assert make().passes is TORCH
 
 

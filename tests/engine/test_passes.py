@@ -4,6 +4,7 @@ What the kernels compute: tests/kernels.
 """
 
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine import passes
-from engine.passes import TORCH, agree, choose, norm, place
+from engine.passes import TORCH, Chooser, agree, choose, norm, place
 
 
 def make_pixels(channels: int = 6) -> torch.Tensor:
@@ -131,3 +132,47 @@ def test_kernels_agree_on_the_card():
     chosen, notes = choose("cuda", {24, 96, 192, 384})
     assert notes == ()
     assert chosen is not TORCH
+
+
+class Slow:
+    """Stands for `choose`: takes until it is let go."""
+
+    def __init__(self, monkeypatch, chosen=TORCH, notes=()):
+        self.calls, self.go, self.answer = [], threading.Event(), (chosen, notes)
+        monkeypatch.setattr(passes, "choose", self)
+
+    def __call__(self, device, channels):
+        self.calls.append((device, channels, threading.current_thread().name))
+        assert self.go.wait(10)
+        return self.answer
+
+
+def test_chooser_chooses_beside_what_goes_on_and_is_waited_for(monkeypatch):
+    kernels = replace(TORCH)
+    slow = Slow(monkeypatch, kernels)
+    chooser = Chooser("cpu", [96, 96])
+    assert slow.calls == []
+    for _ in range(2):
+        chooser.begin()
+    threading.Timer(0.1, slow.go.set).start()
+    assert chooser.chosen() is kernels
+    assert chooser.chosen() is kernels
+    assert slow.calls == [("cpu", {96}, "passes")]
+
+
+def test_chooser_that_nobody_began_begins_when_it_is_asked(monkeypatch):
+    slow = Slow(monkeypatch, kernels := replace(TORCH))
+    slow.go.set()
+    chooser = Chooser("cpu", {96})
+    chooser.join()
+    assert slow.calls == []
+    assert chooser.chosen() is kernels
+
+
+def test_chooser_says_once_what_should_be_said(monkeypatch, caplog):
+    slow = Slow(monkeypatch, notes=("decode without fused passes: no compiler",))
+    slow.go.set()
+    chooser = Chooser("cpu", {96})
+    with caplog.at_level("INFO", "engine.passes"):
+        assert [chooser.chosen(), chooser.chosen()] == [TORCH, TORCH]
+    assert caplog.messages == ["decode without fused passes: no compiler"]

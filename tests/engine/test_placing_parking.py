@@ -1,6 +1,8 @@
 """A placed profile leaves the card as one and comes back as one, in every plan; the CPU stands for the card."""
 
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from engine import placing
+from engine import passes, placing
 from engine.arrival import Arrival
 from engine.artefacts import Artefacts
 from engine.card import Card
@@ -17,6 +19,7 @@ from engine.experts import RollingExperts
 from engine.fast_decode import FastDecoder
 from engine.loading import Loader
 from engine.packing import layout
+from engine.passes import TORCH, Passes
 from engine.placing import Placed
 from engine.profiles import PROFILES
 from engine.progress import Progress
@@ -195,3 +198,28 @@ def test_fault_in_the_middle_of_a_return_leaves_only_unloading_and_a_load_anew_i
     again = placed(card_gib)
     assert is_same(job(again), expected)
     assert_equal(again.vae, by_the_library("vae", twins))
+
+
+def test_passes_are_chosen_beside_the_forwards_and_not_by_the_load(
+    placed: Callable[..., Placed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, go, calls = replace(TORCH), threading.Event(), list[str]()
+
+    def slow(device: str, _channels: set[int]) -> tuple[Passes, tuple[str, ...]]:
+        calls.append(device)
+        assert go.wait(10)
+        return kernels, ()
+
+    monkeypatch.setattr(passes, "choose", slow)
+    made = placed(44.5, "fp8")
+    assert calls == []
+    with made.attended(Progress()):
+        made.forwards_begin()
+        threading.Timer(0.1, go.set).start()
+    assert "passes" not in [thread.name for thread in threading.enumerate()]  # no thread outlives a job
+    assert made.decoder.passes is kernels
+    made.park()
+    assert made.decoder is None
+    made.bring_back()
+    assert made.decoder.passes is kernels
+    assert calls == ["cpu"]

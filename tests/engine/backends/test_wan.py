@@ -123,3 +123,10 @@ def test_frames_are_decoded_without_gradients_and_leave_the_readers_mode_alone(w
     with torch.inference_mode():
         frames.chunks.close()  # whoever drops a film half-way, wherever
         assert torch.is_inference_mode_enabled()
+
+
+def test_decoder_is_prepared_beside_the_forwards(wan: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+    monkeypatch.setattr(wan._placed, "forwards_begin", lambda: seen.append("decoder"))
+    frames_of(wan.generate(task(wan, SMALL), Progress(lambda update: seen.append(update.stage))))
+    assert list(dict.fromkeys(seen))[:3] == ["encode", "decoder", "denoise"]

@@ -556,3 +556,10 @@ def test_cancel_ends_a_clip_in_tiles_before_its_first_frame(backend):
     frames = backend.generate(run_again, Progress(send, cancelled=cancelled))
     with pytest.raises(Cancelled):
         next(frames.chunks)
+
+
+def test_decoder_is_prepared_beside_the_forwards(backend, monkeypatch):
+    seen = list[str]()
+    monkeypatch.setattr(backend._placed, "forwards_begin", lambda: seen.append("decoder"))
+    run(backend, progress=Progress(lambda update: seen.append(update.stage)))
+    assert list(dict.fromkeys(seen))[:3] == ["encode", "decoder", "denoise"]
