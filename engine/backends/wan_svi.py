@@ -117,13 +117,12 @@ class WanSvi:
         self._placed.forwards_begin()
         with progress.stage("denoise", job.schedule.steps * len(job.clips)) as step:
             film = self._denoise(job, given, opening, prompts, step)
-        anchor = anchor_digest(scene.given.anchor)
-        state = _state_after(job, film, anchor) if job.request.return_state else None
+        state = _state_after(job, film, scene) if job.request.return_state else None
         return Frames(
             self._decoded(film, progress, task.saves_memory),
             VideoShape(returned_frames(job.clips), job.height, job.width),
             job.request.fps,
-            (*_notes(job, anchor), *notes),
+            (*_notes(job, scene), *notes),
             lambda: state,
         )
 
@@ -231,13 +230,13 @@ class WanSvi:
         self._placed.settle()
 
 
-def _state_after(job: Job, film: Film, anchor_sha256: bytes) -> str:
+def _state_after(job: Job, film: Film, scene: Scene) -> str:
     clip, latents = film[-1]
     motion = motion_after(clip, latents, job.request.overlap)
-    return pack_state(ChainState(motion, job.seed, clip.index + 1, anchor_sha256))
+    return pack_state(ChainState(motion, job.seed, clip.index + 1, anchor_digest(scene.given.anchor)))
 
 
-def _notes(job: Job, anchor_sha256: bytes) -> Iterator[str]:
+def _notes(job: Job, scene: Scene) -> Iterator[str]:
     """What the caller should know about how it ran, beyond what the request itself told."""
     yield from job.profile.settings.get("corrections", ())
     last, state = job.clips[-1], job.state
@@ -248,5 +247,5 @@ def _notes(job: Job, anchor_sha256: bytes) -> Iterator[str]:
         )
     if state is not None and state.seed != job.seed:
         yield f"the state's chain has seed {state.seed}; this video goes on with seed {job.seed}"
-    if state is not None and state.anchor_sha256 != anchor_sha256:
+    if state is not None and state.anchor_sha256 != anchor_digest(scene.given.anchor):
         yield "the anchor is not the one of the state's chain"
