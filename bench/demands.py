@@ -165,6 +165,7 @@ DEMANDS = (
     Demand("all resident: no weight moves in a warm job", lambda f: _moved(_arm(f, "svi"), 0.0, 0.0)),
     Demand("neither card nor network: 2 % of a job", _overhead),
     Demand("first job, warm compile cache: 1.35 of a warm one", lambda f: _first(f, "warm_cache", 0.0)),
+    Demand("first job, files in memory: 1.35 of a warm one", lambda f: _first(f, "restarted", 0.0)),
     Demand("first job, cold compile cache: 1.35 of a warm one + 5 s", lambda f: _first(f, "cold_cache", 5.0)),
     Demand("first job, warmed up before it: 1.35 of a warm one", lambda f: _first(f, "warmed_up", 0.0)),
     Demand("weights read: 80 % of dd", _read),
