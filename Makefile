@@ -38,14 +38,14 @@ demo: $(TWINS)
 	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
 
 # Two at a time, then by themselves those that own the process's output or measure its end. The log first: a library that is
-# imported later would set up its own. Last the card's kernels, in the only process that has Triton.
+# imported later would set up its own. Last the card's kernels, in the only processes that have Triton.
 ALONE := tests/engine/test_log.py tests/apps
 FAST := -m "not soak and not gpu"
 
 test: $(TWINS) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -n 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) $(ALONE)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 check: $(READY)
 	$(BIN)/ruff format --check .
