@@ -50,11 +50,13 @@ class _Jobs:
 
     def job(self, layout: str | None, steps: int | None) -> dict[str, Any]:
         """Run one and tell all about it."""
+        self.arm.draw()
         one = sample(lambda: self.arm.run(layout, steps), self.watch)
         return {"sample": told(one), "in_effect": self.arm.in_effect(), "notes": list(self.arm.notes)}
 
     def trace(self, layout: str | None, steps: int | None) -> dict[str, Any]:
         """One more, under the profiler."""
+        self.arm.draw()
         return {"trace": trace(lambda: self.arm.run(layout, steps))}
 
     def whole(self, layout: str | None, steps: int | None) -> dict[str, Any]:

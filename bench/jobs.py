@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -187,8 +188,9 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+@lru_cache(maxsize=4)  # two jobs': an arm draws the next one's before its clock begins
 def picture(seed: int, shape: VideoShape) -> Image.Image:
-    """A gradient with grain: nothing in it is constant."""
+    """A gradient with grain: nothing in it is constant. Nobody may write to it."""
     rng = np.random.default_rng(seed)
     slope = np.linspace(0, 200, shape.width)[None, :, None]
     grain = rng.integers(0, 56, (shape.height, shape.width, 3))
