@@ -70,8 +70,15 @@ class OnePassProcessor(WanProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Rounded (1, n, dim) -> (1, n, dim); else as WanProcessor."""
-        run = super().__call__ if isinstance(hidden_states, Rounded) else self._before
-        return run(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if not isinstance(hidden_states, Rounded):
+            return self._before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if encoder_hidden_states is not None and attn.add_k_proj is None and attention_mask is None:
+            return self._see_text(attn, hidden_states, encoder_hidden_states)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+    def _see_text(self, attn: Any, x: Rounded, text: Tensor) -> Tensor:
+        """x (1, n, dim), text (1, 512, dim) -> (1, n, dim), where there is no picture to be seen beside it."""
+        return super().__call__(attn, x, text, None, None)
 
     def _norm(self, norm: Any, x: Tensor, heads: int, rotary_emb: tuple[Tensor, Tensor] | None) -> Tensor:
         if rotary_emb is None:
@@ -86,35 +93,21 @@ class OnePassProcessor(WanProcessor):
 
 
 class TextProcessor(OnePassProcessor):
-    """The same, to a text whose padding counts once."""
+    """The same, to a text whose padding counts once; what is seen in it comes rounded.
+
+    What is seen in a picture is added before the rounding, so beside one the text's part is not rounded here.
+    """
 
     def __init__(self, before: WanProcessor) -> None:
         super().__init__(before)
         self._attend_text = text_attention.attend_text
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor | Rounded,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Rounded (1, n, dim) -> (1, n, dim), with two passes over a query; else as OnePassProcessor.
-
-        What is seen in a picture is added before the rounding, so beside one the text's part is not rounded here.
-        """
-        text = encoder_hidden_states
-        is_plain = attn.add_k_proj is None and attention_mask is None
-        if not isinstance(hidden_states, Rounded) or text is None or not is_plain:
-            return super().__call__(attn, hidden_states, text, attention_mask, rotary_emb)
-        (query,) = project(hidden_states, (attn.to_q,))
+    def _see_text(self, attn: Any, x: Rounded, text: Tensor) -> Tensor:
+        (query,) = project(x, (attn.to_q,))
         key, value = project(text, (attn.to_k, attn.to_v))
         key = self._norm(attn.norm_k, key, attn.heads, None)
-        norm = attn.norm_q
-        values, row_scale = attend_text_round(
-            query[0], norm.weight, key, value.unflatten(2, (attn.heads, -1)), norm.eps
-        )
+        value = value.unflatten(2, (attn.heads, -1))
+        values, row_scale = attend_text_round(query[0], attn.norm_q.weight, key, value, attn.norm_q.eps)
         (out,) = project(_batch(values, row_scale, query), (attn.to_out[0],))
         projected: Tensor = attn.to_out[1](out)
         return projected
