@@ -2,6 +2,7 @@
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import threading
 import time
@@ -140,6 +141,8 @@ class Jobs:
             except BaseException as error:  # noqa: BLE001 - the process boundary: also SystemExit and MemoryError
                 _log_failure(error, job)
                 answer = seal_error(error)
+            if job.get("s3Config"):
+                gc.collect()  # a store that was not reached leaves botocore's failure holding itself, and the keys
             host_memory.give_back_freed()
             seconds = round(time.monotonic() - started, 2)
             facts = {"seconds": seconds, "size_bytes": len(answer.body)}

@@ -64,7 +64,7 @@ class GuestStore:
 
     @cached_property
     def _objects(self) -> Objects:
-        """A client of this job's own, so that the caller's keys go when the job goes."""
+        """A client of this job's own, so that the caller's keys go when the job goes (see apps.runpod_jobs)."""
         return Objects(self.bucket)
 
     def deliver(self, files: Sequence[MediaFile], job_id: str) -> list[Delivered]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import faulthandler
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.credentials import Credentials
 
 from apps.runpod_answers import FirstAnswers
 from apps.runpod_jobs import Jobs, deadline_s
 from apps.runpod_watch import Limits
 from engine.progress import Progress
+from engine.s3 import Objects, Patience
 from engine.settings import Settings
 from schemas.errors import GpuFault
+from tests.servers.buckets import bucket_at
 
 SETTINGS = Settings(output_dir=Path("output"), outbox_dir=Path("outbox"))
 
@@ -253,3 +257,21 @@ def test_the_deadline_is_the_sooner_of_the_operators_and_the_requests(
 def test_a_job_past_its_deadline_is_answered_timeout() -> None:
     jobs = Jobs(Card(), Settings(deadline_s=0.05))
     assert asyncio.run(jobs.answer(job(steps=10_000)))["code"] == "timeout"
+
+
+def test_a_guests_keys_are_gone_with_its_job_also_when_no_store_answered() -> None:
+    """Python looks for objects that only each other hold when it likes, and in 300 jobs it did not."""
+
+    def upload(*_: object) -> dict[str, Any]:
+        Objects(bucket_at("http://127.0.0.1:9", secret_key="a-guests-own")).head("a/video.mp4", Patience.lasting(0.0))
+        return {}
+
+    asked = {**job(), "s3Config": {"accessSecret": "a-guests-own"}}
+    gc.disable()
+    try:
+        answer = asyncio.run(Jobs(upload, SETTINGS).answer(asked))
+        held = [one for one in gc.get_objects() if isinstance(one, Credentials) and one.secret_key == "a-guests-own"]
+    finally:
+        gc.enable()
+    assert "error" in answer
+    assert held == []
