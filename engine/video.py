@@ -32,7 +32,7 @@ MAX_LUMA_SHIFT = 3.0  # levels between a frame's mean Y as given and as decoded;
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file is, read from the file without decoding it whole."""
+    """What a file is, read from the file without decoding it."""
 
     codec: str
     color: tuple[int, int, int, int]
@@ -164,7 +164,7 @@ def verify(path: Path, shape: VideoShape, fps: int, luma: tuple[float, ...], com
 
 
 def _probe(path: Path) -> Probe:
-    """Take a file apart and say what is in it, decoding nothing: what its packets show is known from `coming`.
+    """Take a file apart and say what is in it. What its packets show is for a decoder to say.
 
     Raises:
         av.FFmpegError: it is no file that the library reads.
