@@ -22,18 +22,20 @@ from tests.test_worker_end_to_end import FIRST_JOB_S, IMAGE, SVI, VIDEO, frames_
 ROOM = "/srv"  # any folder that exists everywhere and holds nothing: the tmpfs hides it, in the worker's own view only
 UID = "10001"
 
-# $1: the room. $2, $3: the interpreter, and the folder that shows it to its owner alone, if there is one: all else
-# that the folder holds is hidden.
+# $1: the room. $2: how many folders follow that must be seen; after them those that hide them from all but their
+# owner, ended by --. Such a folder is hidden itself, and what must be seen in it is put back.
 CONFINED = f"""
 set -eu
-room=$1 interpreter=$2 closed=$3; shift 3
+room=$1 seen=("${{@:3:$2}}"); shift $(($2 + 2))
 mount --make-rprivate /
 mount -t tmpfs -o size=1536m,mode=755 tmpfs "$room"
-if [ -n "$closed" ]; then
-  mkdir "$room/interpreter"; mount --bind "$interpreter" "$room/interpreter"
-  mount -t tmpfs -o mode=755 tmpfs "$closed"
-  mkdir -p "$interpreter"; mount --bind "$room/interpreter" "$interpreter"; umount "$room/interpreter"
-fi
+for i in "${{!seen[@]}}"; do mkdir "$room/$i"; mount --bind "${{seen[i]}}" "$room/$i"; done
+while [ "$1" != -- ]; do mount -t tmpfs -o mode=755 tmpfs "$1"; shift; done
+shift
+for i in "${{!seen[@]}}"; do
+  if [ ! "${{seen[i]}}" -ef "$room/$i" ]; then mkdir -p "${{seen[i]}}"; mount --bind "$room/$i" "${{seen[i]}}"; fi
+  umount "$room/$i"; rmdir "$room/$i"
+done
 mkdir "$room/home" "$room/tmp" "$room/output" "$room/outbox" "$room/cache"
 chown {UID}:{UID} "$room"/*
 findmnt --raw --noheadings --output TARGET | tac | while read -r at; do
@@ -50,10 +52,15 @@ def confined(*command: str) -> list[str]:
     )
     if probe.returncode:
         pytest.skip(f"this machine gives no file system view of one's own: {probe.stderr.strip()}")
-    interpreter = Path(sys.base_prefix).resolve()
-    closed = [str(folder) for folder in reversed(interpreter.parents) if not folder.stat().st_mode & 0o001]
-    script = ["unshare", "--mount", "bash", "-c", CONFINED, "confined", ROOM, str(interpreter), *(closed or [""])[:1]]
-    return [*script, sys.executable, *command]
+    seen = sorted(Path(folder).resolve() for folder in (sys.base_prefix, sys.prefix, ROOT))  # outer before inner
+    closed = {hiding for folder in seen if (hiding := outermost_closed(folder)) is not None}
+    words = [ROOM, str(len(seen)), *map(str, seen), *map(str, closed), "--"]
+    return ["unshare", "--mount", "bash", "-c", CONFINED, "confined", *words, sys.executable, *command]
+
+
+def outermost_closed(folder: Path) -> Path | None:
+    """The folder above `folder` that shows it to its owner alone; None if anybody can come there."""
+    return next((above for above in reversed(folder.parents) if not above.stat().st_mode & 0o001), None)
 
 
 def of_the_image(weights: Path) -> dict[str, str]:
