@@ -20,6 +20,7 @@ from engine.backends import Task, import_backend
 from engine.disk import work_folder
 from engine.progress import Progress
 from engine.settings import Settings
+from engine.spares import SPARES
 from engine.storage import open_store, sweep_outbox
 from model_handler import ModelHandler
 from schemas.errors import SettingsError
@@ -106,7 +107,7 @@ def main() -> int:
 
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
     checks += [partial(warm_up, warm_up_request(mode), worker) for mode in settings.warm_up]
-    beside = [partial(sweep_outbox, settings)]
+    beside = [partial(sweep_outbox, settings), partial(SPARES.keep, inputs.CHILDREN)]
     return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside)
 
 

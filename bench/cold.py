@@ -201,6 +201,8 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
 
 def _jobs(args: argparse.Namespace) -> dict[str, Any]:
     """The first job of this process and some more. Nothing heavy is imported before the first."""
+    from engine.inputs import CHILDREN
+    from engine.spares import SPARES
     from handler import Worker, run, warm_up
     from model_handler import ModelHandler
 
@@ -209,6 +211,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(args, Path(folder))
         worker = Worker(settings, ModelHandler(settings))
+        SPARES.keep(CHILDREN)  # as handler.main does
         if args.warm_up:
             from apps.warm_up_request import warm_up_request
 

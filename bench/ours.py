@@ -16,10 +16,12 @@ from engine.attention import WanProcessor
 from engine.backends import Backend, load_backend
 from engine.card import Card
 from engine.compiling import graph_count
+from engine.inputs import CHILDREN
 from engine.linear8 import Linear8
 from engine.profile import Profile
 from engine.progress import Progress, Update
 from engine.settings import Settings
+from engine.spares import SPARES
 from engine.speed import precision_of
 from handler import Worker, run
 from model_handler import ModelHandler
@@ -66,6 +68,7 @@ class Arm:
         self._settings, self._twins = settings, twins
         self._send = send
         self._models = _TimedModels(settings, load)
+        SPARES.keep(CHILDREN)  # as handler.main does
         self.notes: tuple[str, ...] = ()
 
     def draw(self) -> None:

@@ -1,7 +1,7 @@
 """The program of the decoding child: a stranger's picture or clip on stdin, raw RGB on stdout.
 
-`engine.sandbox` runs it as a script, once for each file, with an empty environment. It imports nothing of
-this project, limits itself before it reads a byte, and from then on can open no file and no socket.
+`engine.spares` runs it as a script, once for each file, with an empty environment, and has it wait for its order. It
+imports nothing of this project, limits itself before it reads a byte, and from then on can open no file and no socket.
 
 Stdout holds one line of JSON, then the frames, each (height, width, 3) uint8. The line is
 `{"frames", "height", "width", "fps"}` or `{"refused": reason}`. Any other end means that the child died.
@@ -34,6 +34,8 @@ MODULES = {
     "matroska": ("av", *_LAZY_IN_AV, "PIL.ImageFile"),
 }
 """All that decoding a format imports, lazy imports of the libraries included: later, no file can be opened."""
+PICTURES = ("PNG", "JPEG", "WEBP")
+"""The formats a child is ready for while it waits. Clips are rare, and PyAV would make it hold 36 MB in place of 16."""
 
 # What Pillow 13 raises for broken files, found by mutating good ones. Anything else is a bug and ends us.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)
@@ -297,21 +299,27 @@ def take_limits(memory_bytes: int, cpu_s: int, wall_s: float, result_bytes: int)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main(order: dict[str, Any]) -> None:
-    """Decode stdin to stdout as `order` says; see `engine.sandbox` for its fields."""
+def main(orders: int, paths: list[str]) -> None:
+    """Wait for the order in descriptor `orders`, then decode stdin to stdout. `paths`: where Pillow and PyAV lie.
+
+    An order is a line of JSON: the file's `form`, a key of MODULES; `rules`, those of `decode_picture` or
+    `decode_clip`; `limits`, those of `take_limits`. If there is none, whoever should have given it is gone.
+    """
+    sys.path[:0] = paths
+    for form in PICTURES:
+        import_for(form)
+    with open(orders, "rb") as file:
+        line = file.readline()  # and not to the end, which a process forked from the worker would keep open
+    if not line:
+        return
+    order = json.loads(line)
     take_limits(**order["limits"])
-    sys.path[:0] = order["paths"]
     form = order["form"]
-    try:
-        for module in MODULES[form]:
-            importlib.import_module(module)
-    except ImportError:
-        sys.excepthook(*sys.exc_info())
-        os._exit(IMPORTS_FAILED)
+    import_for(form)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # stdin, stdout, stderr: no further file, no socket
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process and no thread either, unless root
     warnings.simplefilter("ignore")
-    decode = decode_clip if form in ("mov", "matroska") else decode_picture
+    decode = decode_picture if form in PICTURES else decode_clip
     try:
         decoded = decode(sys.stdin.buffer.read(), form, order["rules"])
     except Refused as refusal:
@@ -324,5 +332,15 @@ def main(order: dict[str, Any]) -> None:
     os._exit(0)  # at once: nothing here needs tidying up
 
 
+def import_for(form: str) -> None:
+    """All that decoding the format needs, or the end of this process."""
+    try:
+        for module in MODULES[form]:
+            importlib.import_module(module)
+    except ImportError:
+        sys.excepthook(*sys.exc_info())
+        os._exit(IMPORTS_FAILED)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -109,7 +109,7 @@ def _blaming(field: str) -> Iterator[None]:
 
 
 def _decoded(pictures: dict[str, Any], check: Callable[[], None]) -> Iterator[tuple[str, Any]]:
-    """Fields with their pictures. A child takes a tenth of a second to start, so two work at a time."""
+    """Fields with their pictures, two decoded at a time."""
     check()
     with ExitStack() as stack:
         threads = ThreadPoolExecutor(CHILDREN, thread_name_prefix="pictures")

@@ -4,13 +4,25 @@ import json
 import logging
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import handler
 from engine import storage
+from engine.inputs import CHILDREN
 from engine.settings import Secret, Settings
+from engine.spares import Spares
+
+
+@pytest.fixture(autouse=True)
+def spares(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spares]:
+    """The decoders that a test's worker keeps, ended with the test."""
+    kept = Spares()
+    monkeypatch.setattr(handler, "SPARES", kept)
+    yield kept
+    kept.keep(0)
 
 
 def test_main_runs_a_job_from_the_command_line(
@@ -43,12 +55,24 @@ def test_main_sets_the_log_up_before_the_outbox_is_swept(monkeypatch: pytest.Mon
 
     seen: list[bool] = []
     monkeypatch.setattr(storage, "sweep", look)
+    take_no_job(monkeypatch)
+    assert seen == [False]
+
+
+def test_main_keeps_a_decoder_waiting_for_each_picture_that_is_decoded_at_a_time(
+    spares: Spares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_no_job(monkeypatch)
+    assert len(spares._waiting) == CHILDREN
+
+
+def take_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the worker to its end, and what it does beside jobs too."""
     monkeypatch.setattr(sys, "argv", ["handler.py", "--test_input", "[]"])
     assert handler.main() == 1
     for thread in threading.enumerate():
         if thread.name == "beside":
             thread.join()
-    assert seen == [False]
 
 
 def test_an_outbox_that_cannot_be_swept_is_logged_and_harms_nobody(

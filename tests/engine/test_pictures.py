@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from engine import decode_child, pictures, sandbox
+from engine import decode_child, pictures, sandbox, spares
 from engine.pictures import decode_picture, encode_picture, fit_picture, has_too_many_scans, write_picture
 from schemas.errors import BadOutput, DiskFull, EncodingFailed, InvalidMedia
 from tests.figures import Figure, Worst
@@ -167,7 +167,7 @@ def test_worst_pictures_are_decoded_or_refused_in_time(name, figure: Figure):
 def test_decode_picture_calls_it_damaged_when_the_child_gives_a_reason_that_pictures_do_not_have(tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text('print(\'{"refused": "codec"}\')')
-    monkeypatch.setattr(sandbox, "CHILD", child)
+    monkeypatch.setattr(spares, "CHILD", child)
     assert verdict(save(photo(), "PNG")) == DAMAGED
 
 

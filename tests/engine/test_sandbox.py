@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import sandbox
+from engine import sandbox, spares
 from engine.decode_child import IMPORTS_FAILED
 from engine.sandbox import Limits, Refused, decode
 from schemas.errors import InternalError
@@ -34,12 +34,12 @@ def child(tmp_path, monkeypatch):
     def install(program: str) -> None:
         script = tmp_path / "child.py"
         script.write_text(textwrap.dedent(program))
-        monkeypatch.setattr(sandbox, "CHILD", script)
+        monkeypatch.setattr(spares, "CHILD", script)
 
     return install
 
 
-REAL_CHILD = sandbox.CHILD
+REAL_CHILD = spares.CHILD
 PROBE = """
     import importlib.util, json, mmap, os, resource, socket, sys
     spec = importlib.util.spec_from_file_location("decode_child", {child!r})
@@ -70,7 +70,7 @@ PROBE = """
 
     module.decode_picture = decode_picture
     {without}
-    module.main(json.loads(sys.argv[1]))
+    module.main(int(sys.argv[1]), sys.argv[2:])
 """
 
 
@@ -170,7 +170,7 @@ def test_decode_reports_a_decoder_that_cannot_start(child, caplog):
 
 
 def test_child_says_so_when_its_packages_are_missing(monkeypatch):
-    monkeypatch.setattr(sandbox, "_package_folders", list)
+    monkeypatch.setattr(spares, "_package_folders", list)
     with pytest.raises(InternalError, match="decoder did not start"):
         decode_png()
 
