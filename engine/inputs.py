@@ -80,7 +80,16 @@ def load(request: Request, settings: Settings, check: Callable[[], None]) -> Med
 
 def fingerprint(payload: object) -> str:
     """A hash of the request as it came: the same job id with another input is another job."""
-    return _digest(json.dumps(payload, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+    return _digest(json.dumps(_hashed(payload), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+
+
+def _hashed(value: Any) -> Any:
+    """With a hash for every string: of two pictures JSON would take 8 ms to escape what needs none."""
+    if isinstance(value, dict):
+        return {key: _hashed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hashed(item) for item in value]
+    return _digest(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else value
 
 
 def draw_seed(request: Request) -> int:

@@ -152,7 +152,8 @@ def test_load_refuses_more_bytes_than_the_setting():
 
 def test_fingerprint_is_the_same_for_the_same_fields_in_another_order():
     assert inputs.fingerprint({"a": 1, "b": "\ud800"}) == inputs.fingerprint({"b": "\ud800", "a": 1})
-    assert inputs.fingerprint({"a": 1}) != inputs.fingerprint({"a": 2})
+    others = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": ["1"]}, {"a": inputs.fingerprint("1")}, {"a": "1", "b": None}, "1"]
+    assert len({inputs.fingerprint(other) for other in others}) == len(others)
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])

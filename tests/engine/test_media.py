@@ -1,6 +1,9 @@
 import base64
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.media import decode_base64, read_media
 from schemas.errors import FetchFailed, InvalidMedia
@@ -58,6 +61,8 @@ def test_read_media_reads_every_form_of_base64(value):
         "aGVs\x00bG8=",
         "aGVsbG8\u00e9",
         "+/+/-_-_",
+        "AAAA====",
+        "AAA=AAA=",
         "AAAA\ud800",
         "\uff21\uff21\uff21\uff21",
         "/etc/shadow.d",
@@ -105,6 +110,21 @@ def test_read_media_wants_a_video_where_a_video_is_due():
 def test_read_media_refuses_more_bytes_than_the_limit(value):
     with pytest.raises(InvalidMedia, match="holds more than 255 bytes"):
         read(value, max_bytes=255)
+
+
+@given(st.text(alphabet="AZaz09+/-_= \n\r\0é", max_size=12) | st.from_regex(r"[A-D+/_-]{0,9}={0,3}\n?", fullmatch=True))
+def test_decode_base64_takes_what_one_of_the_alphabets_spells(text):
+    whole = text.replace("\n", "").replace("\r", "")
+    spelled = re.fullmatch(r"([A-Za-z0-9+/]+|[A-Za-z0-9_-]+)={0,2}", whole)
+    digits = whole.rstrip("=")
+    fits = len(digits) % 4 != 1 and (digits == whole or len(whole) % 4 == 0)
+    if spelled and fits:
+        assert decode_base64(text, 100) == base64.urlsafe_b64decode(
+            digits.replace("+", "-").replace("/", "_") + "=" * (-len(digits) % 4)
+        )
+    else:
+        with pytest.raises(InvalidMedia):
+            decode_base64(text, 100)
 
 
 def test_decode_base64_does_not_copy_what_is_far_too_long():
