@@ -125,13 +125,14 @@ def _traces(cells: list[Result]) -> str:
     traced = [cell for cell in cells if "trace" in cell]
     if not traced:
         return ""
-    header = ["arm", "s", "s with work on the card", "% idle", "GB to card", "products", "attention"]
+    header = ["arm", "s", "s with work on the card", "% idle", "s of it", "GB to card", "products", "attention"]
     body = []
     for cell in traced:
         one = cell["trace"][0]
         idle = 100 * (1 - one["busy_s"] / one["seconds"])
         ran = [one["kernels"].get(sort, "–")[:40] for sort in ("product", "attention")]
-        body.append([_name(cell), one["seconds"], one["busy_s"], idle, one["bytes_to_device"] / 1e9, *ran])
+        where = ", ".join(f"{name} {spent:.3f}" for name, spent in one["idle_s"].items())
+        body.append([_name(cell), one["seconds"], one["busy_s"], idle, where, one["bytes_to_device"] / 1e9, *ran])
     return "one more job each, under the profiler; the dearest kernels\n" + rows(header, body)
 
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SORTS: Mapping[str, str] = {
     "copy": r"^mem(cpy|set)",
 }
 OTHER = "elementwise"
+START_S = 0.3  # of a video: its pictures and words are encoded by then
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Trace:
     seconds: float
     busy_s: float
     """With a kernel or a copy at work on the card, in any stream."""
+    idle_s: dict[str, float]
+    """The rest: `around` its first and last work, at the `start`, which is the first START_S, and `later`."""
     bytes_to_device: int
     kernels: dict[str, str]
     """Sort -> the kernel of that sort that took most of the time: what really ran."""
@@ -37,7 +41,7 @@ class Trace:
 def trace(run: Callable[[], object]) -> Trace:
     """Run once under the profiler."""
     seconds, events = record(run)
-    return Trace(seconds, busy_s(events), copied_bytes(events), dearest(events))
+    return Trace(seconds, busy_s(events), idle_s(events, seconds), copied_bytes(events), dearest(events))
 
 
 def record(run: Callable[[], object], *, with_shapes: bool = False) -> tuple[float, list[dict[str, Any]]]:
@@ -81,9 +85,29 @@ def copied_bytes(events: Iterable[dict[str, Any]]) -> int:
 
 def busy_s(events: Iterable[dict[str, Any]]) -> float:
     """Seconds with something on the card; what runs side by side counts once."""
-    spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in ON_CARD)
-    busy_us, until = 0.0, float("-inf")
-    for begin, end in spans:
-        busy_us += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return busy_us / 1e6
+    return sum(end - begin for begin, end in _busy_spans_s(events))
+
+
+def idle_s(events: Iterable[dict[str, Any]], seconds: float) -> dict[str, float]:
+    """Seconds of a run of `seconds` with nothing on the card, see `Trace`; empty if it never had anything."""
+    spans = _busy_spans_s(events)
+    if not spans:
+        return {}
+    first, last = spans[0][0], spans[-1][1]
+    waits = [(end, begin) for (_, end), (begin, _) in pairwise(spans)]
+    early = sum(max(0.0, min(end, first + START_S) - begin) for begin, end in waits)
+    whole = sum(end - begin for begin, end in waits)
+    return {"around": seconds - (last - first), "start": early, "later": whole - early}
+
+
+def _busy_spans_s(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Begin and end of each stretch with something on the card."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(
+        (event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in ON_CARD
+    ):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return [(begin / 1e6, end / 1e6) for begin, end in merged]

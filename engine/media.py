@@ -48,7 +48,8 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
     if len(text) > 2 * longest + 2:  # before a copy is made; 2: no encoder breaks lines at every character
         raise InvalidMedia(_too_many_bytes(max_bytes))
     for line_break in "\n\r":
-        text = text.replace(line_break, "") if line_break in text else text  # a picture's text is not copied for nothing
+        if line_break in text:
+            text = text.replace(line_break, "")
     if len(text) > longest:
         raise InvalidMedia(_too_many_bytes(max_bytes))
     digits = text.rstrip("=")

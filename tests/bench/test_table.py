@@ -38,7 +38,9 @@ CEILINGS = {
 
 def test_table_tells_ratio_rate_and_share_of_the_floor():
     ours = make_cell("ours", "fp8", 13.0, 2.0, "flf")
-    ours["trace"] = [{"seconds": 13.5, "busy_s": 13.25, "bytes_to_device": 2_000_000_000}]
+    ours["trace"] = [
+        {"seconds": 13.5, "busy_s": 13.25, "idle_s": {"around": 0.2, "later": 0.05}, "bytes_to_device": 2_000_000_000}
+    ]
     ours["trace"][0]["kernels"] = {"product": "nvjet_fp8", "attention": "flash"}
     ours["whole"] = [{"seconds": 13.25, "generate_s": 13.0, "stages_s": {"fetch": 0.2, "upload": 0.01}}] * 2
     text = render([{"ceilings": CEILINGS}, make_cell("plain", "bfloat16", 65.0, 3.13), ours])
@@ -47,7 +49,7 @@ def test_table_tells_ratio_rate_and_share_of_the_floor():
     assert row in text
     assert "svi_endframe: ours, fp8, flf takes 1/5.00 of plain diffusers' time" in text
     assert "| ours, fp8, flf | 0 | 0 | 0.25 | 12 | 0.5 | 0 | 0 | 0.125 | 0 | 0.125 |" in text
-    assert "| ours, fp8, flf | 13.5 | 13.2 | 1.85 | 2 | nvjet_fp8 | flash |" in text
+    assert "| ours, fp8, flf | 13.5 | 13.2 | 1.85 | around 0.200, later 0.050 | 2 | nvjet_fp8 | flash |" in text
     assert "| ours, fp8, flf | 13.2 | 0.25 | 0.2 | 0.01 | 0.25 | 3.77 |" in text  # (0.25 + 0.25) / 13.25
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.trace import busy_s, copied_bytes, dearest, record, sort_of
+from bench.trace import busy_s, copied_bytes, dearest, idle_s, record, sort_of
 
 COPIES = [
     {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "args": {"bytes": 1000}},
@@ -21,6 +21,14 @@ def test_card_is_busy_once_where_streams_work_side_by_side():
     spans = [("kernel", 0, 10), ("gpu_memcpy", 5, 20), ("kernel", 6, 2), ("gpu_memset", 30, 1), ("cpu_op", 50, 50)]
     events = [{"cat": cat, "name": "", "ts": begin, "dur": dur} for cat, begin, dur in spans]
     assert busy_s(events) == pytest.approx(26e-6)  # 0 to 25 and 30 to 31 microseconds
+    assert idle_s(events, 40e-6) == pytest.approx({"around": 9e-6, "start": 5e-6, "later": 0.0})
+
+
+def test_idle_time_is_told_apart_by_when_it_was():
+    begins = [0.0, 0.1, 0.25, 0.45, 2.0]
+    events = [{"cat": "kernel", "name": "", "ts": begin * 1e6, "dur": 0.05e6} for begin in begins]
+    assert idle_s(events, 2.5) == pytest.approx({"around": 0.45, "start": 0.15, "later": 1.65})
+    assert idle_s([{"cat": "cpu_op", "name": "", "ts": 0, "dur": 1}], 2.5) == {}
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
