@@ -10,6 +10,7 @@ from typing import Any
 import ftfy
 from torch import Tensor
 
+from engine.position_buckets import shared_buckets
 from engine.remembered import Remembered
 
 MAX_TOKENS = 512  # what Wan's transformers were trained with; WanImageToVideoPipeline's max_sequence_length
@@ -56,7 +57,7 @@ class PromptEncoder:
             text, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         )
         read = int(tokens.attention_mask.sum())
-        with self._use_encoder() as encoder:
+        with self._use_encoder() as encoder, shared_buckets(encoder):
             hidden = encoder(
                 tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
             ).last_hidden_state  # (1, 512, dim)
