@@ -25,7 +25,7 @@ from engine.outputs import Frames, MediaFile
 from engine.turns import short_turns
 from schemas.errors import BadOutput, EncodingFailed
 
-CONVERTERS = 2  # threads: 4 ms a frame of 832x480 is half of what a card takes for it, and frames come in eights
+CONVERTERS = 4  # threads, a frame each: one of 832x480 takes 4 ms, half of what a card takes, and they come in eights
 QUEUE_CHUNKS = 2  # chunks that wait for the encoder; a chunk is 4 frames, 5 MB at 832x480
 MAX_LUMA_SHIFT = 3.0  # levels between a frame's mean Y as given and as decoded; crf 18 moves it by < 0.5
 
@@ -46,9 +46,9 @@ class Probe:
 def write_mp4(frames: Frames, path: Path) -> MediaFile:
     """Encode frames while they are decoded, check the file, and only then give it the name `path`.
 
-    The iterator runs in the calling thread; conversion in two others, the encoder and the decoder that checks in one
-    each, a few chunks behind. A chunk must not be written to after it was handed out. On any failure nothing is left
-    on the disk. The same frames give the same bytes.
+    The iterator runs in the calling thread; conversion in a few others, the encoder and the decoder that checks in
+    one each, a few chunks behind. A chunk must not be written to after it was handed out. On any failure nothing is
+    left on the disk. The same frames give the same bytes.
 
     Raises:
         BadOutput: the frames are not what was promised, or show nothing, or a side is odd (4:2:0 needs even).
@@ -79,7 +79,7 @@ def _encode(frames: Frames, mp4: Mp4, decoded: Future[Decoded]) -> bytes:
         stack.callback(converter.shutdown, cancel_futures=True)
         for chunk in frames.chunks:
             check.add(chunk)
-            waiting.append(encoder.submit(mp4.add, converter.submit(converted, chunk)))
+            waiting.append(encoder.submit(mp4.add, [converter.submit(converted, picture) for picture in chunk]))
             while len(waiting) > QUEUE_CHUNKS:
                 waiting.popleft().result()
             if decoded.done():  # with packets still to come: it has failed, and the card need not work to the end
