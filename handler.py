@@ -106,7 +106,7 @@ def main() -> int:
         return run(job["input"], job_id=job["id"], worker=worker, progress=progress, s3_config=job.get("s3Config"))
 
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
-    checks += [partial(warm_up, warm_up_request(mode), worker) for mode in settings.warm_up]
+    checks += [partial(warm_up, warm_up_request(wanted), worker) for wanted in settings.warm_up]
     beside = [partial(sweep_outbox, settings), partial(SPARES.keep, inputs.CHILDREN)]
     return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside)
 

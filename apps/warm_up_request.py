@@ -1,12 +1,15 @@
 """The request that a worker gives itself before it takes any: at its mode's usual size, in two steps of each model.
 
 Two steps are enough: each expert of a video runs, each UNet of a picture is recorded, and all sizes are those of a
-default job, so what is loaded and tried out for it is what the next one needs.
+default job, so what is loaded and tried out for it is what the next one needs. A distilled model takes no fewer than
+its own.
 """
 
 import base64
 import io
 from typing import Any
+
+from schemas.video_schema import LIGHTNING, LIGHTNING_STEPS
 
 PROMPT = "the tide comes in at dusk"
 STEPS = 2  # one of each expert; a UNet's second forward is the first that engine.replay records
@@ -14,19 +17,21 @@ REFINER_STEPS = 7  # of which the default strength, 0.3, runs two
 HEIGHT, WIDTH = 480, 832
 
 
-def warm_up_request(mode: str) -> dict[str, Any]:
-    """The payload for `mode`, as a client would post it.
+def warm_up_request(wanted: str) -> dict[str, Any]:
+    """The payload for a mode, or for `mode:model_type`, as a client would post it.
 
     Raises:
         KeyError: there is no such mode.
     """
-    picture = _picture()
+    mode, _, model_type = wanted.partition(":")
+    picture, steps = _picture(), LIGHTNING_STEPS[0] if model_type == LIGHTNING else STEPS
     given: dict[str, dict[str, Any]] = {
         "image": {"num_inference_steps": STEPS, "refiner_inference_steps": REFINER_STEPS},
-        "video": {"image_url": picture, "num_inference_steps": STEPS},
+        "video": {"image_url": picture, "num_inference_steps": steps},
         "svi_endframe": {"image_start": picture, "image_end": picture, "num_inference_steps": STEPS},
     }
-    return {"mode": mode, "prompt": PROMPT, "seed": 0, **given[mode]}
+    chosen = {"model_type": model_type} if model_type else {}
+    return {"mode": mode, "prompt": PROMPT, "seed": 0, **given[mode], **chosen}
 
 
 def _picture() -> str:

@@ -36,8 +36,9 @@ def _hosts(text: str) -> tuple[str, ...]:
 
 
 def _modes(text: str) -> tuple[str, ...]:
+    """Each a mode, or a mode and one of its models with a colon between."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(names) <= set(MODES):
+    if not {name.partition(":")[0] for name in names} <= set(MODES):
         raise ValueError("not a mode")
     return names
 
@@ -143,9 +144,9 @@ class Settings:
         _modes,
         f"modes ({', '.join(MODES)}), separated by commas",
         (),
-        "On RunPod, run a short job of each, with its default model, before the first one is taken: that one then "
-        "waits for no import, load or compiler. A worker that cannot do it ends as unhealthy: where weights are "
-        "missing, or WORKER_MAX_WORK refuses it. Raise RUNPOD_INIT_TIMEOUT if it takes minutes.",
+        "On RunPod, run a short job of each, with its default model or that of `mode:model_type`, before the first one "
+        "is taken: that one then waits for no import, load or compiler. A worker that cannot do it ends as unhealthy: "
+        "where weights are missing, or WORKER_MAX_WORK refuses it. Raise RUNPOD_INIT_TIMEOUT if it takes minutes.",
     )
     compile: bool = _setting(
         "WORKER_COMPILE", _switch, "1 or 0", True, "Compile transformer blocks, replay SDXL's forwards, on a card."

@@ -25,6 +25,7 @@ SVI = {
     "image_end": data_uri(photo(seed=1)),
     "video_length": 9,
 }
+LIGHTNING = {"model_type": "wan22_i2v_lightning", "num_inference_steps": 4}
 LONG = {**VIDEO, "num_frames": 81, "num_inference_steps": 500}
 FIRST_JOB_S = 200.0  # imports torch and diffusers, on a crowded machine; the rest is fast
 
@@ -54,14 +55,21 @@ def test_every_mode_comes_out_of_runpods_own_loop(twins: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(600)
-def test_worker_that_warmed_up_loads_nothing_for_its_first_job(twins: Path, tmp_path: Path) -> None:
-    variables = {**environment(twins), "WORKER_WARM_UP": "svi_endframe"}
+@pytest.mark.parametrize(
+    ("wanted", "payload"),
+    [("svi_endframe", SVI), ("video:wan22_i2v_lightning", VIDEO | LIGHTNING)],
+    ids=["svi_endframe", "lightning"],
+)
+def test_worker_that_warmed_up_loads_nothing_for_its_first_job(
+    wanted: str, payload: dict[str, Any], twins: Path, tmp_path: Path
+) -> None:
+    variables = {**environment(twins), "WORKER_WARM_UP": wanted}
     with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, variables) as worker:
-        server.queue("first", SVI)
+        server.queue("first", payload)
         timings_s = server.result("first", FIRST_JOB_S)["output"]["timings_s"]
         assert "load_read" not in timings_s
         log = worker.log()
-        assert log.index("warmed up for svi_endframe in ") < log.index("ended after")
+        assert log.index(f"warmed up for {payload['mode']} in ") < log.index("ended after")
         assert list(server.of("progress", "warm-up")) == []
 
 

@@ -8,6 +8,7 @@ from engine.demand import demand
 from engine.geometry import VideoShape
 from engine.profiles import resolve
 from engine.settings import MODES, Settings
+from schemas.errors import InvalidInput
 from schemas.input_schema import parse_request
 
 
@@ -20,16 +21,27 @@ def test_request_is_taken_as_a_callers_would_be(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "shape", "forwards"),
+    ("wanted", "shape", "forwards"),
     [
         ("image", VideoShape(1, 1024, 1024), 8),  # two of each UNet, guided
         ("video", VideoShape(81, 480, 832), 4),  # two, guided
         ("svi_endframe", VideoShape(81, 480, 832), 2),  # one of each expert
+        ("svi_endframe:wan_2_2_i2v_lightning_svi_endframe", VideoShape(81, 480, 832), 3),  # its first is guided
+        ("video:wan22_i2v_lightning", VideoShape(81, 480, 832), 4),  # its fewest
     ],
 )
-def test_request_has_the_size_of_a_default_one_and_few_forwards(mode: str, shape: VideoShape, forwards: int) -> None:
-    request = parse_request(warm_up_request(mode))
-    wanted = demand(request, resolve(request))
-    assert wanted is not None
-    assert (wanted.shape, wanted.forwards) == (shape, forwards)
+def test_request_has_the_size_of_a_default_one_and_few_forwards(wanted: str, shape: VideoShape, forwards: int) -> None:
+    request = parse_request(warm_up_request(wanted))
+    _, _, model_type = wanted.partition(":")
+    assert not model_type or resolve(request).name == model_type
+    asked = demand(request, resolve(request))
+    assert asked is not None
+    assert (asked.shape, asked.forwards) == (shape, forwards)
     assert not request.given("height", "width", "resolution", "num_frames", "video_length")
+
+
+def test_request_for_a_model_that_its_mode_does_not_have_is_refused_as_a_callers_would_be() -> None:
+    with pytest.raises(InvalidInput, match="model_type: must be wan21_i2v_480p or wan22_i2v_lightning"):
+        parse_request(warm_up_request("video:wan22_i2v_svi"))
+    with pytest.raises(InvalidInput, match="model_type: is not a field of mode image"):
+        parse_request(warm_up_request("image:sdxl"))

@@ -41,7 +41,13 @@ def test_bound_of_work_has_a_default_and_zero_is_none(value: str, most_gpx: floa
 
 
 @pytest.mark.parametrize(
-    ("value", "modes"), [("", ()), ("image", ("image",)), (" video, image,video", ("video", "image"))]
+    ("value", "modes"),
+    [
+        ("", ()),
+        ("image", ("image",)),
+        (" video, image,video", ("video", "image")),
+        ("video:wan22_i2v_lightning,video", ("video:wan22_i2v_lightning", "video")),
+    ],
 )
 def test_modes_to_warm_up_for_are_read_in_their_order(value: str, modes: tuple[str, ...]) -> None:
     assert Settings.from_env({"WORKER_WARM_UP": value}).warm_up == modes
