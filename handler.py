@@ -57,7 +57,8 @@ def run(
     if (answered := store.recall(job_id, fingerprint)) is not None:
         return answered  # the platform delivered the job twice
     baked = weights.locate(profiles.resolve(request), worker.settings)
-    parts = baked.parts()  # in a new process the files are read ahead from here on
+    with progress.timed("load"), progress.timed("load_import"):
+        parts = baked.parts()  # in a new process the files are read ahead from here on
     worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
     with progress.stage("fetch"):
         media = inputs.load(request, worker.settings, progress.check)
@@ -91,6 +92,7 @@ def main() -> int:
     """Read the settings, then hand `run` to RunPod's loop, its local API or a single test job."""
     from apps import runpod_worker
     from apps.operator_commands import COMMANDS, check_plan
+    from apps.standby import get_ready
     from apps.warm_up_request import warm_up_request
 
     try:
@@ -108,7 +110,8 @@ def main() -> int:
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
     checks += [partial(warm_up, warm_up_request(wanted), worker) for wanted in settings.warm_up]
     beside = [partial(sweep_outbox, settings), partial(SPARES.keep, inputs.CHILDREN)]
-    return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside)
+    ahead = None if settings.warm_up else partial(get_ready, settings)
+    return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside, ahead=ahead)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,8 +34,10 @@ HAND_OUT_LOOKS = 15
 """How often a request for a job is looked at within Limits.hand_out_s."""
 
 
-def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) -> None:
-    """Take and answer jobs until the platform ends the worker or the card is lost.
+def take_jobs(
+    jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits, ahead: Callable[[], None] | None = None
+) -> None:
+    """Take and answer jobs until the platform ends the worker or the card is lost. `ahead`: see `serve`.
 
     The SDK's own checks come before `checks`: by itself it would put them behind, and the last of ours may have filled
     card and host.
@@ -42,7 +45,7 @@ def take_jobs(jobs: Jobs, checks: Sequence[Callable[[], None]], limits: Limits) 
     import runpod.serverless
     from runpod.serverless.modules import rp_fitness
 
-    install(jobs, limits)
+    install(jobs, limits, ahead)
     rp_fitness._ensure_gpu_check_registered()
     rp_fitness._ensure_system_checks_registered()
     for check in checks:
@@ -60,13 +63,13 @@ def fitness_check(check: Callable[[], None], jobs: Jobs) -> Callable[[], None]:
     return run
 
 
-def install(jobs: Jobs, limits: Limits) -> None:
+def install(jobs: Jobs, limits: Limits, ahead: Callable[[], None] | None = None) -> None:
     """Replace the SDK's log, heartbeat, post of results and job scaler."""
     from runpod.serverless.modules import rp_http, rp_ping, rp_scale
 
     quiet_sdk_log()
     scaler = rp_scale.JobScaler
-    rp_scale.JobScaler = lambda config: Drain(scaler(config), jobs, limits).scaler
+    rp_scale.JobScaler = lambda config: Drain(scaler(config), jobs, limits, ahead).scaler
     rp_http._transmit = partial(post_result, limits)
     rp_ping.Heartbeat.process_loop = staticmethod(ping_while_parent_lives)
 
@@ -95,10 +98,12 @@ class Drain:
     nothing can come any more. The end after a fault goes the same way.
     """
 
-    def __init__(self, scaler: Any, jobs: Jobs, limits: Limits) -> None:
+    def __init__(self, scaler: Any, jobs: Jobs, limits: Limits, ahead: Callable[[], None] | None = None) -> None:
+        """`ahead`: see `apps.runpod_worker.serve`."""
         self.scaler = scaler
         self._jobs = jobs
         self._limits = limits
+        self._ahead = ahead
         self._fetch = scaler.jobs_fetcher
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leaving = asyncio.Event()
@@ -111,6 +116,8 @@ class Drain:
         from runpod.http_client import AsyncClientSession
 
         self._loop = asyncio.get_running_loop()
+        if self._ahead is not None:
+            threading.Thread(target=self._ahead, name="ahead").start()
         async with AsyncClientSession() as session:
             self._jobs.post = progress_post(session)
             stops = asyncio.create_task(self.scaler.monitor_stop_signals(session))

@@ -27,12 +27,14 @@ def serve(
     checks: Sequence[Callable[[], None]] = (),
     limits: Limits = PRODUCTION,
     beside: Sequence[Callable[[], None]] = (),
+    ahead: Callable[[], None] | None = None,
 ) -> int:
     """Take jobs the way `argv` says, and return the process's exit code.
 
     `run`: one job, as RunPod gives it, to its response; called in one thread, never twice at a time.
     `argv`: the arguments without the program's name.
     `checks`: run once before the first job of an endpoint; one that raises ends the process with code 1.
+    `ahead`: run once in a thread of its own from when an endpoint asks for jobs; the process waits for it.
     `beside`: each run once in a thread of its own, from when the log is set up; the process does not wait for it.
     After a fault of the card this does not return: it ends the process.
     """
@@ -52,7 +54,7 @@ def serve(
         else:
             from apps.runpod_loop import take_jobs
 
-            take_jobs(jobs, checks, limits)
+            take_jobs(jobs, checks, limits, ahead)
     except KeyboardInterrupt:
         code = 130  # 128 + SIGINT, as shells have it
     if jobs.is_faulty:  # a thread may hang, and the interpreter would wait for it

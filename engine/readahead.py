@@ -38,18 +38,29 @@ class ReadAhead:
     """
 
     _last: "ClassVar[ReadAhead | None]" = None
+    _is_owed: ClassVar[bool] = False
 
     @classmethod
-    def instead(cls, files: Sequence[Path] | None) -> "ReadAhead | None":
-        """Stop the one before, which a job that ended early has left at work, and begin; None: begin none."""
-        if cls._last is not None:
+    def of(cls, files: Sequence[Path], *, begins: bool) -> "ReadAhead | None":
+        """The one at work on these files, or else a new one, if it `begins` or is owed. One of others is stopped.
+
+        One is at work already if a worker has read ahead of its first job, or a job has ended before its load.
+        """
+        if cls._last is not None and cls._last._files != list(files):
             cls._last.stop()
-        cls._last = None if files is None else cls(files)
+            cls._last = None
+        if cls._last is None and (begins or cls._is_owed):
+            cls._last, cls._is_owed = cls(files), False
         return cls._last
+
+    @classmethod
+    def owe(cls) -> None:
+        """The next call of `of` begins one: libraries are imported, and which files a first job needs is not known."""
+        cls._is_owed = True
 
     def __init__(self, files: Sequence[Path], max_bytes: int | None = None) -> None:
         self.bytes_read = 0
-        self._files = files
+        self._files = list(files)
         self._taken = [0] * len(files)  # how much of each file the steps taken so far cover
         self._left = host_memory.free_bytes() // 2 if max_bytes is None else max_bytes
         self._lock = threading.Lock()

@@ -73,14 +73,14 @@ class Baked:
     """What the manifest lists; empty for a cached model, which has no manifest."""
 
     def parts(self) -> Parts:
-        """The components. The first call of a process has libraries to import: the files are read ahead meanwhile."""
+        """The components. A process's first call has libraries to import: the files are read ahead meanwhile."""
         from engine.readahead import ReadAhead, order_of_need
 
         names = order_of_need(list(self.folders))
         files = [path for name in names for path in sorted(self.folders[name].glob("*.safetensors"))]
-        is_first = "diffusers" not in sys.modules and self.place.layout == "baked"
-        ahead = ReadAhead.instead(files if is_first else None)
         with importing():
+            is_first = "diffusers" not in sys.modules and self.place.layout == "baked"
+            ahead = ReadAhead.of(files, begins=is_first)
             from engine.parts import FolderParts
 
         kept = f"{self.profile.folder}/{LORAS}"

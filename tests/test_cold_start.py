@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from engine.importing import importing
 from engine.progress import Progress, Update
+from engine.settings import Settings
 from handler import Worker, run
+from model_handler import ModelHandler
 from schemas.errors import Cancelled, InvalidInput, WeightsCorrupt
 from tests.conftest import ROOT, data_uri, photo
 from tests.engine.disk import Disk, readers
@@ -41,7 +44,8 @@ baked = weights.locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=Path(sys.
 parts = baked.parts()
 [thread.join() for thread in parts.ahead._threads]
 import diffusers
-print(json.dumps([seen[0], seen[-1], parts.ahead.bytes_read, baked.parts().ahead is None]))
+other = weights.locate(PROFILES["sdxl"], Settings(weights_dir=Path(sys.argv[1])))
+print(json.dumps([seen[0], seen[-1], parts.ahead.bytes_read, other.parts().ahead is None]))
 """
 
 
@@ -117,3 +121,22 @@ def test_weights_that_cannot_be_read_fail_the_job_and_the_next_loads_anew(
     disk.fails = lambda *_: False
     assert answer(worker, SVI, job_id="job-2")["num_frames"] == 9
     assert worker.models.loads == 2
+
+
+def test_bad_request_does_not_wait_for_libraries_that_another_thread_imports(settings: Settings) -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    def import_for_long() -> None:
+        with importing():
+            inside.set()
+            over.wait()
+
+    thread = threading.Thread(target=import_for_long)
+    thread.start()
+    try:
+        inside.wait()
+        with pytest.raises(InvalidInput):  # or else this waits for ever
+            answer(Worker(settings, ModelHandler(settings)), SVI | {"video_length": 0})
+    finally:
+        over.set()
+        thread.join()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -14,7 +15,7 @@ from engine.settings import ROOT
 from tests.conftest import data_uri, decode_video, photo
 from tests.schemas.test_bad_input import BAD_FIELDS, LEAST
 from tests.servers.runpod_server import RunPodServer
-from tests.servers.worker_process import least_environment, start_api, start_worker
+from tests.servers.worker_process import WorkerProcess, least_environment, start_api, start_worker
 
 IMAGE = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 2, "refiner_inference_steps": 4}
 VIDEO = {"mode": "video", "prompt": "a fox", "image_url": data_uri(photo()), "num_frames": 9, "num_inference_steps": 2}
@@ -71,6 +72,39 @@ def test_worker_that_warmed_up_loads_nothing_for_its_first_job(
         log = worker.log()
         assert log.index(f"warmed up for {payload['mode']} in ") < log.index("ended after")
         assert list(server.of("progress", "warm-up")) == []
+
+
+@pytest.mark.timeout(600)
+def test_worker_imports_what_its_first_job_needs_while_it_waits_for_it(twins: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("shared", "wan22_i2v_svi"):
+        (weights / name).symlink_to(twins / name)
+    with (
+        RunPodServer() as server,
+        start_worker(server, [ROOT / "handler.py"], tmp_path, environment(weights)) as worker,
+    ):
+        wait_for_line(worker, "imported ahead of the first job in ")
+        server.queue("first", SVI)
+        assert server.result("first", FIRST_JOB_S)["output"]["num_frames"] == 9
+        log = worker.log()
+        assert log.index("imported ahead of the first job in ") < log.index("first | Started.")
+
+
+@pytest.mark.timeout(600)
+def test_worker_that_is_told_to_leave_while_it_imports_leaves(twins: Path, tmp_path: Path) -> None:
+    with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, environment(twins)) as worker:
+        wait_for_line(worker, "Starting Serverless Worker")
+        worker.terminate()
+        assert worker.wait(FIRST_JOB_S) == 0
+        assert "Traceback" not in worker.log()
+
+
+def wait_for_line(worker: WorkerProcess, words: str) -> None:
+    ends = time.monotonic() + FIRST_JOB_S
+    while words not in worker.log():
+        assert time.monotonic() < ends, f"the worker does not say {words!r}"
+        time.sleep(0.05)
 
 
 @pytest.mark.timeout(600)

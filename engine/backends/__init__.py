@@ -59,6 +59,13 @@ def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
 def import_backend(profile: Profile) -> Any:
     """The class of the profile's backend. The first call takes seconds: it imports what the backend computes with."""
     with importing():
-        import_diffusers()
+        import_common()
         module, name = BACKENDS[profile.backend].split(":")
         return getattr(import_module(module), name)
+
+
+def import_common() -> None:
+    """Import what every backend and every load computes with: most of the seconds of `import_backend`."""
+    with importing():
+        import_diffusers()
+        import_module("engine.parts")

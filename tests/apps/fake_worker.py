@@ -41,7 +41,7 @@ def check_weights() -> None:
 def without_drain() -> None:
     """Let the SDK's scaler end as it does, and say on stdout when it runs no more jobs."""
 
-    def leave_alone(scaler, _jobs, _limits):
+    def leave_alone(scaler, _jobs, _limits, _ahead):
         run_jobs = scaler.run_jobs
 
         async def run_and_tell(session):
@@ -109,8 +109,8 @@ def without_patience() -> None:
     transmit = rp_http._transmit
     install = runpod_loop.install
 
-    def install_all_but_the_post(jobs, limits):
-        install(jobs, limits)
+    def install_all_but_the_post(jobs, limits, ahead):
+        install(jobs, limits, ahead)
         rp_http._transmit = transmit
 
     runpod_loop.install = install_all_but_the_post

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -68,3 +69,22 @@ def test_garbage_is_found_once_the_libraries_are_there() -> None:
     del node
     gc.collect()
     assert seen() is None
+
+
+def test_one_thread_imports_at_a_time() -> None:
+    order: list[str] = []
+    inside = threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with importing():
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with importing():
+        inside.set()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

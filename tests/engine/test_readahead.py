@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,19 +114,53 @@ def test_it_goes_on_until_who_reads_for_good_has_reached_it(files: list[Path], m
     assert ahead._stopped.is_set()
 
 
-def test_request_takes_the_place_of_the_reader_that_a_refused_one_left(
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Readers that end when they are stopped; none from before the test, none after it."""
+    monkeypatch.setattr(ReadAhead, "_last", None)
+    monkeypatch.setattr(ReadAhead, "_is_owed", False)
+    monkeypatch.setattr(ReadAhead, "_steps", lambda self: iter(lambda: self._stopped.wait(0.01), True))
+    yield
+    if ReadAhead._last is not None:
+        ReadAhead._last.stop()
+
+
+def at_work() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+@pytest.mark.usefixtures("endless")
+def test_request_goes_on_with_the_reader_that_one_of_the_same_files_left(
     twins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "diffusers", raising=False)
-    monkeypatch.setattr(ReadAhead, "_steps", lambda self: iter(lambda: self._stopped.wait(0.01), True))
     baked = locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=twins))
     one, other = (baked.parts().ahead for _ in range(2))
     assert one is not None
+    assert other is one
+    assert at_work() == one._threads
+
+
+@pytest.mark.usefixtures("endless")
+def test_request_takes_the_place_of_the_reader_that_one_of_other_files_left(
+    twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    settings = Settings(weights_dir=twins)
+    one, other = (locate(PROFILES[name], settings).parts().ahead for name in ("sdxl", "wan22_i2v_svi"))
+    assert one is not None
     assert other is not None
-    reading = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
-    other.stop()
-    one.stop()
-    assert reading == other._threads
+    assert at_work() == other._threads
+
+
+@pytest.mark.usefixtures("endless")
+def test_none_begins_once_libraries_are_there_but_the_one_that_is_owed(files: list[Path]) -> None:
+    assert ReadAhead.of(files, begins=False) is None
+    ReadAhead.owe()
+    one = ReadAhead.of(files, begins=False)
+    assert one is not None
+    assert ReadAhead.of(files[:1], begins=False) is None
+    assert at_work() == []
 
 
 def test_order_is_vae_encoders_and_then_the_transformers() -> None:
