@@ -136,7 +136,8 @@ class Spares:
     def refill(self) -> None:
         """Start what is missing, in a thread: whoever has taken a child goes on at once."""
         if self._wanted:
-            threading.Thread(target=self._fill, name="spares", daemon=True).start()
+            with suppress(RuntimeError):  # no thread is left to this process; the file has been decoded all the same
+                threading.Thread(target=self._fill, name="spares", daemon=True).start()
 
     def _leave_to_parent(self) -> None:
         for child in self._waiting:

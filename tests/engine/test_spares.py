@@ -163,6 +163,17 @@ def test_where_none_can_be_started_ahead_the_log_says_so(
     assert decode() == photo().tobytes()
 
 
+def test_a_file_is_decoded_also_where_no_thread_is_left_to_start_the_next_child(
+    kept: Spares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    kept.keep(1)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert decode() == photo().tobytes()
+
+
 def test_children_that_are_not_started_leave_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
