@@ -14,6 +14,7 @@ import pytest
 
 from engine import sandbox, spares
 from engine.spares import Child, Spares
+from tests.engine.test_sandbox import descriptors, is_running
 from tests.zoo import photo, save
 
 RULES = {"max_pixels": 2**24, "max_side": 8192, "min_side": 16}
@@ -197,15 +198,3 @@ def test_many_threads_never_share_a_child(kept: Spares) -> None:
     assert len({child._process.pid for child in taken}) == 8
     for child in taken:
         child.close()
-
-
-def descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-def is_running(pid: int) -> bool:
-    """Not gone, and not waiting for a parent who takes its status."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
-    except (FileNotFoundError, ProcessLookupError):
-        return False
