@@ -124,7 +124,7 @@ def side_problems(**sides: object) -> dict[str, str]:
 
 def _plain(text: str) -> str:
     """Refuse what no prompt or address needs and some tokenizer, header or log chokes on."""
-    if text.isascii() and not any(control in text for control in _CONTROLS):  # a picture's megabyte: 6 ms -> 0.8
+    if text.isascii() and not any(control in text for control in _CONTROLS):  # a picture's megabyte: 6.5 ms -> 0.5
         return text
     found = _UNPRINTABLE.search(text)
     if found:

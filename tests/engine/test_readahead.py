@@ -150,6 +150,7 @@ def test_request_takes_the_place_of_the_reader_that_one_of_other_files_left(
     one, other = (locate(PROFILES[name], settings).parts().ahead for name in ("sdxl", "wan22_i2v_svi"))
     assert one is not None
     assert other is not None
+    assert other is not one
     assert at_work() == other._threads
 
 
