@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bench.jobs import JOBS
 from bench.rows import rows
-from bench.work import TERA, Forward, forward_work
+from bench.work import ROUNDING, TERA, Forward, forward_work
 
 Result = dict[str, Any]
 PARTS = ("text", "picture", "encode", "forwards", "decode", "load", "fetch", "file", "upload", "rest")
@@ -76,7 +76,7 @@ def floor_percent(cell: Result, ceilings: Result) -> float:
 def ceiling_rate(ceilings: Mapping[str, Any], sort: str, precision: str) -> float:
     """Operations a second that this run's card does at best: of products at `precision`, or of exact attention."""
     if sort == "attention":
-        return TERA * float(max(rate for name, rate in ceilings["attention"].items() if name != "sage"))
+        return TERA * float(max(rate for name, rate in ceilings["attention"].items() if name not in ROUNDING))
     return TERA * float(ceilings["products"].get(precision, ceilings["products"]["bf16"]))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 TEXT_TOKENS = 512  # UMT5, padded
 IMAGE_TOKENS = 257  # CLIP ViT-H of Wan2.1
 TERA = 1e12
+ROUNDING = frozenset({"attention8", "sage"})  # attention kernels that are no ceiling of the exact ones
 
 # AutoencoderKLWan at 832x480x81 (z 16, base 96), counted; proportional to the area.
 VAE_ENCODE = 163.7 * TERA

@@ -11,11 +11,12 @@ How. Packages are called through one custom operator with a shape function, so t
 break. The kernel belongs to the model: a processor of our own carries it. diffusers' set_attention_backend would also
 set a default for every other model of the process.
 
-Kinds. Apart from `sage`, which rounds queries and keys to 8 bits, all kernels compute the same mathematics in another
-order. `sage` is never chosen unless it is asked for.
+Kinds. All kernels compute the same mathematics in another order, apart from `attention8` (engine.attention8) and
+`sage`, which round queries and keys to 8 bits. Those two are never chosen unless they are asked for, and then for
+self-attention: to the few keys of a text or a picture there is nothing to gain.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine import attention8
 from engine.linear8 import Rounded, project
 from schemas.errors import SettingsError
 
@@ -49,6 +51,10 @@ class Kernel:
     attend: Attend
     capabilities: tuple[tuple[int, int], tuple[int, int]] | None
     tolerance: float = 0.01
+    rounds: bool = False
+    """It rounds queries and keys."""
+    problem: Callable[[str], str | None] = lambda _device: None
+    """What this kernel alone is tested for on a device: a sentence, or None."""
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -105,7 +111,8 @@ KERNELS: Mapping[str, Kernel] = {
     "flash4": Kernel(_package("flash4"), (AMPERE, BEYOND)),
     "cudnn": Kernel(_cudnn, (AMPERE, BEYOND)),
     "flash2": Kernel(_package("flash2"), (AMPERE, BLACKWELL)),
-    "sage": Kernel(_package("sage"), (AMPERE, BEYOND), tolerance=0.05),
+    "attention8": Kernel(attention8.attend8, (HOPPER, BLACKWELL), 0.05, rounds=True, problem=attention8.problem),
+    "sage": Kernel(_package("sage"), (AMPERE, BEYOND), 0.05, rounds=True),
     "xformers": Kernel(_package("xformers"), ((7, 0), BEYOND)),
     "native": Kernel(_native, None),
 }
@@ -122,10 +129,12 @@ ORDER: Mapping[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel to use, and a sentence for each faster or wanted one that is not."""
+    """The kernel of self-attention, and a sentence for each faster or wanted one that is not used."""
 
     name: str
     notes: tuple[str, ...] = ()
+    few: str = ""
+    """The kernel of attention to few keys, a text's or a picture's; empty: the same."""
 
 
 def choose(device: str, wanted: str | None = None, kernels: Mapping[str, Kernel] = KERNELS) -> Choice:
@@ -140,12 +149,26 @@ def choose(device: str, wanted: str | None = None, kernels: Mapping[str, Kernel]
     capability = torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
     order = ORDER.get(capability[0], ("native",)) if capability else ("native",)
     notes: list[str] = []
-    for name in dict.fromkeys([wanted, *order] if wanted else order):
+    passing = _passing(dict.fromkeys([wanted, *order] if wanted else order), kernels, device, capability, notes)
+    name = next(passing, "native")
+    few = next((other for other in passing if not kernels[other].rounds), "native") if kernels[name].rounds else ""
+    return Choice(name, tuple(notes), few)
+
+
+def _passing(
+    names: Iterable[str],
+    kernels: Mapping[str, Kernel],
+    device: str,
+    capability: tuple[int, int] | None,
+    notes: list[str],
+) -> Iterator[str]:
+    """Those that pass, each tested when it is asked for; of the others `notes` gets a sentence."""
+    for name in names:
         problem = _problem(kernels[name], device, capability)
         if problem is None:
-            return Choice(name, tuple(notes))
-        notes.append(f"attention kernel {name} is not used: {problem}")
-    return Choice("native", tuple(notes))
+            yield name
+        else:
+            notes.append(f"attention kernel {name} is not used: {problem}")
 
 
 def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) -> str | None:
@@ -158,10 +181,11 @@ def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) ->
         return f"compute capability {capability[0]}.{capability[1]} is not supported"
     try:
         worst = max(relative_error(kernel.attend, device, *shape) for shape in SHAPES)
+        own = kernel.problem(device)
     except Exception as error:  # noqa: BLE001 a foreign package may raise anything while it is imported or compiled
         said, *_ = str(error).partition("\n")
         return f"it fails ({type(error).__name__}: {said})"
-    return None if worst <= kernel.tolerance else f"its result is off (relative error {worst:.3f})"
+    return own if worst <= kernel.tolerance else f"its result is off (relative error {worst:.3f})"
 
 
 def relative_error(attend: Attend, device: str, tokens: int, keys: int, heads: int, width: int) -> float:
@@ -187,9 +211,11 @@ def deviation(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
 class WanProcessor:
     """Attention of a Wan block with one kernel. The arithmetic around it is that of diffusers' WanAttnProcessor."""
 
-    def __init__(self, kernel: str) -> None:
-        self.kernel = kernel
-        self._attend = self._attend_text = KERNELS[kernel].attend
+    def __init__(self, kernel: str, few: str = "") -> None:
+        """`few`: the kernel where there are few keys; empty: the same."""
+        self.kernel, self.few = kernel, few or kernel
+        self._attend = KERNELS[kernel].attend
+        self._attend_text = self._attend_picture = KERNELS[self.few].attend
 
     def __call__(
         self,
@@ -221,7 +247,7 @@ class WanProcessor:
         if image is not None:
             image_key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
             image_value = attn.add_v_proj(image).unflatten(2, (attn.heads, -1))
-            out = out + self._attend(query, image_key, image_value).flatten(2, 3).type_as(query)
+            out = out + self._attend_picture(query, image_key, image_value).flatten(2, 3).type_as(query)
         projected: Tensor = attn.to_out[1](self._project_out(attn.to_out[0], out))
         return projected
 
@@ -254,8 +280,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + partner * (sin * sign)).type_as(x)
 
 
-def install(transformer: nn.Module, name: str) -> int:
-    """Make `transformer`, and no other model, use the kernel; returns how many attention layers that are.
+def install(transformer: nn.Module, name: str, few: str = "") -> int:
+    """Make `transformer`, and no other model, use the kernels of a Choice; returns how many layers that are.
 
     Raises:
         ValueError: it has no Wan attention.
@@ -264,5 +290,5 @@ def install(transformer: nn.Module, name: str) -> int:
     if not layers:
         raise ValueError(f"{type(transformer).__name__} has no attention layer that this kernel could go into")
     for layer in layers:
-        layer.set_processor(WanProcessor(name))
+        layer.set_processor(WanProcessor(name, few))
     return len(layers)

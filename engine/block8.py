@@ -58,7 +58,7 @@ class OnePassProcessor(WanProcessor):
     the way of the processor that was there before."""
 
     def __init__(self, before: WanProcessor) -> None:
-        super().__init__(before.kernel)
+        super().__init__(before.kernel, before.few)
         self._before = before
 
     def __call__(

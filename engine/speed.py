@@ -90,7 +90,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     choice = attention.choose(device, levers.attention)
     said = dict.fromkeys(choice.notes)
     for model in models:
-        attention.install(model, choice.name)
+        attention.install(model, choice.name, choice.few)
         said |= dict.fromkeys(block8.install(model, device))
     notes = tuple(said)
     if not is_compiled:

@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.work import ROUNDING
 from engine import attention
 from engine.attention import KERNELS, WanProcessor, choose, install, relative_error
 from engine.namesake import namesake_hidden
@@ -108,21 +109,66 @@ def hopper(monkeypatch):
     monkeypatch.setattr(attention, "relative_error", lambda attend, _device, *shape: on_card(attend, "cpu", *shape))
 
 
+def right_kernels():
+    """All that are named, each computing as torch does and passing what it alone is tested for."""
+    native = KERNELS["native"].attend
+    return {name: replace(kernel, attend=native, problem=lambda _: None) for name, kernel in KERNELS.items()}
+
+
 def test_choose_takes_the_fastest_that_passes(hopper):
-    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    right = right_kernels()
     assert choose("cuda", kernels=right) == attention.Choice("flash4_wide")
-    assert choose("cuda", "sage", kernels=right) == attention.Choice("sage")
+    assert choose("cuda", "cudnn", kernels=right) == attention.Choice("cudnn")
+
+
+@pytest.mark.parametrize("name", ["attention8", "sage"])
+def test_kernel_that_rounds_leaves_few_keys_to_the_fastest_exact_one(hopper, name):
+    right = right_kernels()
+    assert choose("cuda", name, kernels=right) == attention.Choice(name, (), "flash4_wide")
+    wrong = replace(right["flash4_wide"], attend=lambda q, k, v: -KERNELS["native"].attend(q, k, v))
+    chosen = choose("cuda", name, kernels={**right, "flash4_wide": wrong})
+    assert (chosen.name, chosen.few, len(chosen.notes)) == (name, "flash4", 1)
+
+
+def test_kernel_that_rounds_comes_into_self_attention_alone():
+    model = make_wan21()
+    used = {"self": [], "few": []}
+    install(model, "native", "flash4")
+    native = KERNELS["native"].attend
+    for processor in model.attn_processors.values():
+        assert (processor.kernel, processor.few) == ("native", "flash4")
+        assert processor._attend_text is processor._attend_picture is KERNELS["flash4"].attend
+        processor._attend = lambda q, k, v: used["self"].append(k.shape[1]) or native(q, k, v)
+        processor._attend_text = lambda q, k, v: used["few"].append(k.shape[1]) or native(q, k, v)
+        processor._attend_picture = processor._attend_text
+    with torch.inference_mode():
+        model(**wan_inputs(), encoder_hidden_states_image=torch.randn(1, 257, 32))
+    tokens = used["self"][0]
+    assert used == {"self": [tokens] * 2, "few": [512, 257] * 2}
+
+
+def test_what_a_kernel_alone_is_tested_for_can_refuse_it(hopper):
+    right = right_kernels()
+    seen = []
+    refused = replace(right["flash4_wide"], problem=lambda device: seen.append(device) or "it hides a NaN")
+    chosen = choose("cuda", kernels={**right, "flash4_wide": refused})
+    assert (chosen.name, seen) == ("flash4", ["cuda"])
+    assert chosen.notes == ("attention kernel flash4_wide is not used: it hides a NaN",)
+
+
+def test_benchmarks_take_no_kernel_that_rounds_as_a_ceiling():
+    assert {name for name, kernel in KERNELS.items() if kernel.rounds} == ROUNDING
 
 
 def test_choose_skips_a_kernel_whose_result_is_off(hopper):
-    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    right = right_kernels()
     wrong = replace(right["flash4_wide"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
     chosen = choose("cuda", kernels={**right, "flash4_wide": wrong})
     assert chosen.name == "flash4"
     assert chosen.notes == ("attention kernel flash4_wide is not used: its result is off (relative error 0.100)",)
 
 
-EVERY = ["flash4_wide", "flash4", "cudnn", "flash2", "sage", "xformers", "native"]
+EVERY = ["flash4_wide", "flash4", "cudnn", "flash2", "attention8", "sage", "xformers", "native"]
 
 
 def test_every_named_kernel_is_in_the_table():
@@ -138,11 +184,11 @@ def test_each_kernel_that_is_wrong_is_skipped_and_said(hopper, name):
         out[:, 0] = float("nan")
         return out
 
-    right = {name: replace(kernel, attend=KERNELS["native"].attend) for name, kernel in KERNELS.items()}
+    right = right_kernels()
     chosen = choose("cuda", name, kernels={**right, name: replace(right[name], attend=black_row)})
     assert chosen.name == ("flash4" if name == "flash4_wide" else "flash4_wide")
     assert chosen.notes == (f"attention kernel {name} is not used: its result is off (relative error inf)",)
-    assert choose("cuda", name, kernels=right) == attention.Choice(name)
+    assert (choose("cuda", name, kernels=right).name, choose("cuda", name, kernels=right).notes) == (name, ())
 
 
 def test_no_kernel_is_tested_after_one_that_passes(hopper):

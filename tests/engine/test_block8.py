@@ -160,6 +160,7 @@ def calls(model, given, monkeypatch):
     for one in processors(model):
         right, text = one._attend, one._attend_text
         one._attend = lambda q, k, v, f=right: chosen.append(k.shape[1]) or f(q, k, v)
+        one._attend_picture = one._attend
         if text is text_attention.attend_text:
             one._attend_text = lambda q, k, v, f=text: to_text.append(k.shape[1]) or f(q, k, v)
         else:

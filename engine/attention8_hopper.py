@@ -1,0 +1,453 @@
+"""The kernel of engine.attention8, in CuTe, NVIDIA's language for such kernels (the package nvidia-cutlass-dsl).
+
+A block takes 192 queries of a head: three warp groups with 64 each, which compute, and one that fetches tiles of keys
+and values through two places in shared memory. A group multiplies its queries with a tile of keys, int8, and begins at
+once the product of the tile before, whose weights lie in its registers, with the values, bf16; while that runs, scores
+become weights. The groups take turns at beginning products, so that one multiplies while others exponentiate.
+
+Two things keep exponentials from being what all waits for, beside the missing maximum (engine.attention8):
+- Sums of whole numbers begin at the bits of 1.5 * 2**23: these bits plus a score are, read as float32, that number plus
+  the score, so that nothing is converted. What is added is taken off in the multiplication with the scale.
+- 80 keys a tile: their scores, the weights before them and what a query sees are 124 of a thread's 160 registers.
+
+Shapes inside: queries and keys first, then the width of a head, then heads. Imported on a card, when it is asked for.
+"""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import BFloat16, Float32, Int8, Int32, Int64, cute, pipeline
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cutlass_dsl import T
+from cutlass.memory import SmemAllocator
+from cutlass.utils import LayoutEnum, hopper_helpers
+from torch import Tensor
+
+from engine.attention8 import KEY_TILE, MOST_BOUND, WIDTH, Rounded8
+
+GROUP = 128  # threads of a warp group
+GROUPS = 3  # that compute
+ROWS = 64 * GROUPS  # queries a block
+STAGES = 2  # tiles of keys, and of values, in shared memory
+COMPUTING_REGISTERS, LOADING_REGISTERS = 160, 32  # a thread; together all that there are
+OWN_ROWS = 2  # of the scores, that a thread has numbers of; three others of its warp have the rest of these rows
+# Named barriers: 0 is the whole block's.
+FIRST_TURN, LAST = 1, 8
+WHOLE, WHOLE_BITS = 12582912.0, 0x4B400000  # 1.5 * 2**23
+# A first largest score: below any, and finite, so that a tile of no keys leaves no NaN.
+LOWEST = -1e30
+
+
+def attend(query: Rounded8, key: Rounded8, value: Tensor) -> Tensor:
+    """`value` (m, heads, 128) bf16 -> (n, heads, 128) bf16."""
+    out = torch.empty_like(query.values, dtype=torch.bfloat16)
+    bounds = query.longest * key.longest
+    _compiled()(query.values, key.values, value, out, query.scales, key.scales, bounds)
+    return out
+
+
+@cache
+def _compiled() -> Any:
+    """For any number of queries, keys and heads. Kept where flash-attn-4 keeps its own, if it does (keep_kernels)."""
+    from flash_attn.cute.cache_utils import get_jit_cache
+
+    kept = get_jit_cache("svi_worker_attention8")
+    source = (hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), KEY_TILE, MOST_BOUND)
+    if source not in kept:
+        queries, keys, heads, tiles = (cute.sym_int() for _ in range(4))
+
+        def tensor(kind: Any, *shape: Any) -> Any:
+            order = tuple(reversed(range(len(shape))))
+            return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=16)
+
+        kept[source] = cute.compile(
+            Attention8(),
+            tensor(Int8, queries, heads, WIDTH),
+            tensor(Int8, keys, heads, WIDTH),
+            tensor(BFloat16, keys, heads, WIDTH),
+            tensor(BFloat16, queries, heads, WIDTH),
+            tensor(Float32, heads, queries),
+            tensor(Float32, heads, tiles),
+            tensor(Float32, heads),
+            cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+            options="--enable-tvm-ffi",
+        )
+    return kept[source]
+
+
+class Bounded:
+    """Weights of scores that need no maximum: 2**score."""
+
+    def __init__(self, scales: Any) -> None:
+        self._scales = scales
+        self.totals = _row_numbers(0.0)
+
+    def weigh(self, scores: Any, key_scale: Any) -> None:
+        """Scores, as they come from the product, become weights in their place; adds up each row's."""
+        for r in range(OWN_ROWS):
+            factor = self._scales[r] * key_scale
+            self._add(scores, r, factor, factor * Float32(WHOLE))
+
+    def shrink(self, seen: Any) -> None:
+        """What was summed before stays as it is."""
+
+    def _add(self, scores: Any, r: int, factor: Any, taken: Any) -> None:
+        total = self.totals[r]
+        for c in range(cute.size(scores, mode=[1])):
+            weight = cute.math.exp2(scores[r, c] * factor - taken, fastmath=True)
+            scores[r, c] = weight
+            total = total + weight
+        self.totals[r] = total
+
+
+class Running(Bounded):
+    """Weights of any scores: 2**(score - the largest of its row so far)."""
+
+    def __init__(self, scales: Any) -> None:
+        super().__init__(scales)
+        self._largest = _row_numbers(LOWEST)
+        self._factors = _row_numbers(1.0)
+
+    def weigh(self, scores: Any, key_scale: Any) -> None:
+        for r in range(OWN_ROWS):
+            factor = self._scales[r] * key_scale
+            largest = scores[r, 0]
+            for c in range(1, cute.size(scores, mode=[1])):
+                largest = cute.arch.fmax(largest, scores[r, c])
+            largest = (cute.arch.warp_reduction_max(largest, threads_in_group=4) - Float32(WHOLE)) * factor
+            largest = cute.arch.fmax(self._largest[r], largest)
+            self._factors[r] = cute.math.exp2(self._largest[r] - largest, fastmath=True)
+            self._largest[r] = largest
+            self.totals[r] = self.totals[r] * self._factors[r]
+            self._add(scores, r, factor, factor * Float32(WHOLE) + largest)
+
+    def shrink(self, seen: Any) -> None:
+        _multiply_rows(seen, self._factors)
+
+
+class Attention8:
+    """The kernel. Its Python runs once, when it is compiled; what threads do are the operations that it names."""
+
+    @cute.jit
+    def __call__(
+        self,
+        query: cute.Tensor,
+        key: cute.Tensor,
+        value: cute.Tensor,
+        out: cute.Tensor,
+        query_scales: cute.Tensor,
+        key_scales: cute.Tensor,
+        bounds: cute.Tensor,
+        stream: Any,
+    ) -> None:
+        """Launch it: a block for each 192 queries of a head."""
+        query, key, value, out = _heads_last(query), _heads_last(key), _heads_last(value), _heads_last(out)
+        scoring = hopper_helpers.make_trivial_tiled_mma(
+            Int8, Int8, OperandMajorMode.K, OperandMajorMode.K, Int32, (GROUPS, 1, 1), (64, KEY_TILE)
+        )
+        seeing = hopper_helpers.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.MN,
+            Float32,
+            (GROUPS, 1, 1),
+            (64, WIDTH),
+            warpgroup.OperandSource.RMEM,
+        )
+        query_layout = _shared_layout(Int8, (ROWS, WIDTH))
+        key_layout = _shared_layout(Int8, (KEY_TILE, WIDTH, STAGES))
+        value_layout = _shared_layout(BFloat16, (KEY_TILE, WIDTH, STAGES))
+        out_layout = _shared_layout(BFloat16, (ROWS, WIDTH))
+        fetch, give = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        query_mover, query = cpasync.make_tiled_tma_atom(fetch, query, query_layout, (ROWS, WIDTH))
+        key_mover, key = cpasync.make_tiled_tma_atom(fetch, key, _place(key_layout), (KEY_TILE, WIDTH))
+        value_mover, value = cpasync.make_tiled_tma_atom(fetch, value, _place(value_layout), (KEY_TILE, WIDTH))
+        out_mover, out = cpasync.make_tiled_tma_atom(give, out, out_layout, (ROWS, WIDTH))
+        self.kernel(
+            (query_mover, key_mover, value_mover, out_mover),
+            (query, key, value, out),
+            (query_scales, key_scales, bounds),
+            (scoring, seeing),
+            (query_layout, key_layout, value_layout, out_layout),
+        ).launch(
+            grid=(cute.ceil_div(query.shape[0], ROWS), query.shape[2], 1),
+            block=(GROUP * (GROUPS + 1), 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, movers: Any, tensors: Any, numbers: Any, products: Any, layouts: Any) -> None:
+        """A block: one group of threads fetches, the others compute."""
+        query, key, value, out = tensors
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_index == 0:
+            for mover in movers:
+                cpasync.prefetch_descriptor(mover)
+        memory = SmemAllocator()
+        bars = [memory.allocate_array(Int64, 2 * stages) for stages in (1, STAGES, STAGES)]
+        shared = [
+            memory.allocate_tensor(kind, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+            for kind, layout in zip((Int8, Int8, BFloat16, BFloat16), layouts, strict=True)
+        ]
+        arrivals = [
+            pipeline.PipelineTmaAsync.create(
+                barrier_storage=bar,
+                num_stages=stages,
+                producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
+                consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, GROUPS * GROUP // 32),
+                tx_count=cute.size_in_bytes(kind, _place(layout)),
+                defer_sync=True,
+            )
+            for bar, stages, kind, layout in zip(
+                bars, (1, STAGES, STAGES), (Int8, Int8, BFloat16), layouts[:3], strict=True
+            )
+        ]
+        pipeline.pipeline_init_arrive()
+        pipeline.pipeline_init_wait()
+        block, head, _ = cute.arch.block_idx()
+        key_tiles = cute.ceil_div(key.shape[0], KEY_TILE)
+        tiles = (
+            cute.local_tile(query[None, None, head], (ROWS, WIDTH), (block, 0)),
+            cute.local_tile(key[None, None, head], (KEY_TILE, WIDTH), (None, 0)),
+            cute.local_tile(value[None, None, head], (KEY_TILE, WIDTH), (None, 0)),
+            cute.local_tile(out[None, None, head], (ROWS, WIDTH), (block, 0)),
+        )
+        if warp_index < GROUP // 32:
+            cute.arch.setmaxregister_decrease(LOADING_REGISTERS)
+            if warp_index == 0:
+                self.fetch(movers, tiles, shared, arrivals, key_tiles)
+        else:
+            cute.arch.setmaxregister_increase(COMPUTING_REGISTERS)
+            query_scales, key_scales, bounds = numbers
+            scales = _row_numbers(0.0)
+            ways = (scales, key_scales, head, key_tiles, key.shape[0])
+            first = block * ROWS + _own_row(cute.arch.thread_idx()[0] - GROUP)
+            for r in cutlass.range_constexpr(OWN_ROWS):
+                scales[r] = query_scales[head, cutlass.min(first + 8 * r, query_scales.shape[1] - 1)]
+            if bounds[head] <= MOST_BOUND:  # not where it is a NaN
+                self.compute(Bounded, products, movers[3], tiles[3], shared, arrivals, ways)
+            else:
+                self.compute(Running, products, movers[3], tiles[3], shared, arrivals, ways)
+
+    @cute.jit
+    def fetch(self, movers: Any, tiles: Any, shared: Any, arrivals: Any, key_tiles: Any) -> None:
+        """The queries once, then keys and values from the last tile to the first, values a tile behind."""
+        (query_from, query_to), (key_from, key_to), (value_from, value_to) = (
+            _ends(mover, tile, here) for mover, tile, here in zip(movers[:3], tiles[:3], shared[:3], strict=True)
+        )
+        queries, keys, values = arrivals
+        _fetch(movers[0], query_from, query_to, queries, _at_start(pipeline.PipelineUserType.Producer, 1))
+        state = _at_start(pipeline.PipelineUserType.Producer, STAGES)
+        last = key_tiles - 1
+        _fetch(movers[1], key_from[None, last], key_to[None, state.index], keys, state)
+        for i in cutlass.range(last, unroll=1):
+            before = state.clone()
+            state.advance()
+            _fetch(movers[1], key_from[None, last - 1 - i], key_to[None, state.index], keys, state)
+            _fetch(movers[2], value_from[None, last - i], value_to[None, before.index], values, before)
+        _fetch(movers[2], value_from[None, 0], value_to[None, state.index], values, state)
+
+    @cute.jit
+    def compute(
+        self,
+        weighing: cutlass.Constexpr,
+        products: Any,
+        mover: Any,
+        tile: Any,
+        shared: Any,
+        arrivals: Any,
+        ways: Any,
+    ) -> None:
+        """What 64 queries see, for each warp group. `weighing`: Bounded or Running."""
+        scoring, seeing = products
+        query, key, value, out = shared
+        queries, keys, values = arrivals
+        scales, key_scales, head, key_tiles, key_count = ways
+        thread = cute.arch.thread_idx()[0] - GROUP
+        group = cute.arch.make_warp_uniform(thread // GROUP)
+        leader = cute.make_layout(GROUPS, stride=GROUP)(group)  # what is in shared memory is a group's, not a thread's
+        group_scoring, group_seeing = scoring.get_slice(leader), seeing.get_slice(leader)
+        query_part = group_scoring.make_fragment_A(group_scoring.partition_A(query))
+        key_part = group_scoring.make_fragment_B(group_scoring.partition_B(key))
+        value_turned = cute.make_tensor(value.iterator, cute.select(value.layout, mode=[1, 0, 2]))
+        value_part = group_seeing.make_fragment_B(group_seeing.partition_B(value_turned))
+        weights = group_seeing.make_fragment_A(group_seeing.partition_shape_A((ROWS, KEY_TILE)))
+        seen = cute.make_rmem_tensor(seeing.get_slice(thread).partition_shape_C((ROWS, WIDTH)), Float32)
+        scores = cute.make_rmem_tensor(scoring.get_slice(thread).partition_shape_C((ROWS, KEY_TILE)), Int32)
+        weigher = weighing(scales)
+        weigh, shrink, totals = weigher.weigh, weigher.shrink, weigher.totals  # an object cannot go into a loop
+
+        if group == 0:
+            _pass_turn_to(0)
+        state = _at_start(pipeline.PipelineUserType.Consumer, STAGES)
+        queries.consumer_wait(_at_start(pipeline.PipelineUserType.Consumer, 1))
+        last = key_tiles - 1
+        keys.consumer_wait(state)
+        _begin_scores(scoring, scores, query_part, key_part[None, None, None, state.index])
+        warpgroup.wait_group(0)
+        keys.consumer_release(state)
+        numbers = _by_row(cute.recast_tensor(scores, Float32))
+        _leave_out(numbers, key_count - last * KEY_TILE)
+        weigh(numbers, key_scales[head, last])
+        _keep(numbers, weights)
+        seen.fill(0.0)
+        for i in cutlass.range(last, unroll=1):
+            before = state.clone()
+            state.advance()
+            key_scale = key_scales[head, last - 1 - i]
+            keys.consumer_wait(state)
+            cute.arch.barrier(barrier_id=FIRST_TURN + group, number_of_threads=2 * GROUP)
+            _begin_scores(scoring, scores, query_part, key_part[None, None, None, state.index])
+            values.consumer_wait(before)
+            _begin_product(seeing, seen, weights, value_part[None, None, None, before.index])
+            _pass_turn_to((group + 1) % GROUPS)
+            warpgroup.wait_group(1)
+            keys.consumer_release(state)
+            weigh(numbers, key_scale)
+            warpgroup.wait_group(0)
+            values.consumer_release(before)
+            _keep(numbers, weights)
+            shrink(_by_row(seen))
+        values.consumer_wait(state)
+        _begin_product(seeing, seen, weights, value_part[None, None, None, state.index])
+        warpgroup.wait_group(0)
+        values.consumer_release(state)
+
+        for r in cutlass.range_constexpr(OWN_ROWS):
+            totals[r] = cute.arch.rcp_approx(cute.arch.warp_reduction_sum(totals[r], threads_in_group=4))
+        _multiply_rows(_by_row(seen), totals)
+        self.give(seen, seeing, mover, tile, out, thread)
+
+    @cute.jit
+    def give(self, seen: Any, seeing: Any, mover: Any, tile: Any, out: Any, thread: Any) -> None:
+        """Round what was seen, and write it by way of shared memory."""
+        rounded = cute.make_rmem_tensor_like(seen, BFloat16)
+        rounded.store(seen.load().to(BFloat16))
+        to_shared = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16)
+        own = cute.make_tiled_copy_C(to_shared, seeing).get_slice(thread)
+        cute.copy(to_shared, own.retile(rounded), own.partition_D(out))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=LAST, number_of_threads=GROUP * GROUPS)
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == GROUP // 32:
+            to, here = _ends(mover, tile, out)
+            cute.copy(mover, here, to)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def _heads_last(x: Any) -> Any:
+    """(rows, heads, width) -> (rows, width, heads)."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[0, 2, 1]))
+
+
+def _shared_layout(kind: Any, shape: tuple[int, ...]) -> Any:
+    """Swizzled as products and the tile mover want it."""
+    swizzle = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, kind, shape[1])
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(swizzle, kind), shape, tuple(range(len(shape))))
+
+
+def _place(layout: Any) -> Any:
+    """Of one tile, where there is room for several."""
+    return cute.select(layout, mode=[0, 1])
+
+
+def _ends(mover: Any, tile: Any, shared: Any) -> tuple[Any, Any]:
+    """A tile, or a row of tiles, outside and in shared memory, as the mover takes it."""
+    here, there = cpasync.tma_partition(
+        mover, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tile, 0, 2)
+    )
+    return there, here
+
+
+def _at_start(user: Any, stages: int) -> Any:
+    return pipeline.make_pipeline_state(user, stages)
+
+
+def _fetch(mover: Any, there: Any, here: Any, arrival: Any, state: Any) -> None:
+    arrival.producer_acquire(state)
+    cute.copy(mover, there, here, tma_bar_ptr=arrival.producer_get_barrier(state))
+
+
+def _pass_turn_to(group: Any) -> None:
+    cute.arch.barrier_arrive(barrier_id=FIRST_TURN + group, number_of_threads=2 * GROUP)
+
+
+def _own_row(thread: Any) -> Any:
+    """The first of a thread's two rows of an accumulator; the other one is eight below."""
+    return thread // 32 * 16 + thread % 32 // 4
+
+
+def _own_columns(place: int) -> Any:
+    """The column of a thread's number at this place of one of its rows."""
+    return cute.arch.thread_idx()[0] % 4 * 2 + place % 2 + place // 2 * 8
+
+
+def _row_numbers(value: float) -> Any:
+    numbers = cute.make_rmem_tensor(OWN_ROWS, Float32)
+    numbers.fill(value)
+    return numbers
+
+
+def _by_row(x: Any) -> Any:
+    """A thread's numbers of an accumulator, ((2, 2, n), 1, 1), as two rows."""
+    (pair, rows, eighths), m, n = x.layout.shape
+    (pair_step, row_step, eighth_step), m_step, n_step = x.layout.stride
+    shape, step = ((rows, m), (pair, eighths, n)), ((row_step, m_step), (pair_step, eighth_step, n_step))
+    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=step))
+
+
+def _begin_scores(product: Any, scores: Any, queries: Any, keys: Any) -> None:
+    scores.fill(WHOLE_BITS)
+    _begin_product(product, scores, queries, keys)
+
+
+def _begin_product(product: Any, total: Any, one: Any, other: Any) -> None:
+    """Add the product to `total`, which nobody may read before it is waited for."""
+    warpgroup.fence()
+    step = cute.make_mma_atom(product.op)
+    step.set(warpgroup.Field.ACCUMULATE, True)
+    for k in range(cute.size(one.shape[2])):
+        cute.gemm(step, total, one[None, None, k], other[None, None, k], total)
+    warpgroup.commit_group()
+
+
+def _leave_out(scores: Any, count: Any) -> None:
+    """Of a tile with fewer keys, what is behind them weighs nothing."""
+    for r in range(OWN_ROWS):
+        for c in range(cute.size(scores, mode=[1])):
+            scores[r, c] = cutlass.select_(_own_columns(c) < count, scores[r, c], -Float32.inf)
+
+
+def _keep(numbers: Any, weights: Any) -> None:
+    """Weights, rounded to bf16 two by two, to where the product with the values reads them."""
+    pairs = cute.recast_tensor(weights, Int32)
+    half = cute.size(pairs) // 2
+    for i in range(half):
+        for r in range(OWN_ROWS):
+            pairs[2 * i + r] = _pair(numbers[r, 2 * i], numbers[r, 2 * i + 1])
+
+
+def _pair(low: Any, high: Any) -> Any:
+    return Int32(
+        llvm.inline_asm(
+            T.i32(),
+            [Float32(low).ir_value(), Float32(high).ir_value()],
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            has_side_effects=False,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )
+
+
+def _multiply_rows(x: Any, factors: Any) -> None:
+    for r in range(OWN_ROWS):
+        x[r, None].store(x[r, None].load() * factors[r])
