@@ -30,7 +30,7 @@ COPY engine/__init__.py engine/settings.py engine/addresses.py \
      engine/profile.py engine/profiles.py engine/profiles_sdxl.py engine/profiles_wan.py \
      engine/weights.py engine/parts.py engine/published.py engine/tensorfile.py \
      engine/hub.py engine/bake.py engine/convert.py engine/lora.py engine/lora_keys.py \
-     engine/eight_bits.py engine/linear8.py engine/importing.py \
+     engine/eight_bits.py engine/linear8.py engine/importing.py engine/tokenizer.py \
      engine/
 # The lock file, where there is one (the pattern may match nothing): commits and hashes that the bake then holds to.
 COPY builder/requirements.txt builder/weights.lock.jso[n] builder/

@@ -20,6 +20,7 @@ from engine.hub import BakeFailed, Hub, RemoteFile
 from engine.lora import LoraWeights, check_expert, load_lora
 from engine.profile import EXPERTS, Component, Lora, Profile, Source
 from engine.tensorfile import weight_files
+from engine.tokenizer import make_ready
 from engine.weights import FORMAT, LORAS, MANIFEST, recipe, sha256
 from schemas.errors import WeightsCorrupt
 
@@ -105,6 +106,8 @@ def _component(component: Component, profile: Profile, hub: Hub, root: Path, twi
     log.info("%s: writing", component.folder)
     if component.dtype is None:
         shutil.copytree(published, staging, dirs_exist_ok=True)
+        if component.class_name == "AutoTokenizer":
+            make_ready(staging)
     else:
         if not twin:
             compare_with_published(component, published)

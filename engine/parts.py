@@ -14,6 +14,7 @@ from engine.linear8 import KINDS
 from engine.lora import LoraWeights, load_lora
 from engine.profile import EIGHT_BITS, Component, Lora, Profile
 from engine.tensorfile import DTYPES, Stored, TensorFiles, read_offsets, weight_files
+from engine.tokenizer import read_ready
 from schemas.errors import WeightsCorrupt
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class FolderParts:
         component = self.profile.component(name)
         folder = self.folders[name]
         if component.dtype is None:
-            return library_class(component).from_pretrained(folder, local_files_only=True)
+            ready = read_ready(folder)
+            return library_class(component).from_pretrained(folder, local_files_only=True) if ready is None else ready
         if self.ahead is not None:
             self.ahead.stop()
         found = self.skeleton(name, device)

@@ -17,6 +17,7 @@ from engine.lora import load_lora
 from engine.profile import Lora, Profile, Source
 from engine.profiles import BAKES, PROFILES
 from engine.settings import Settings
+from engine.tokenizer import READY
 from engine.weights import locate
 from schemas.errors import WeightsCorrupt, WeightsMissing
 
@@ -70,6 +71,15 @@ def test_bake_writes_every_tensor_cast_once(upstream: Path, tmp_path: Path) -> N
     assert {"scale_shift_table", "blocks.2.scale_shift_table", "blocks.0.norm2.weight"} <= kept
     assert "blocks.0.attn1.to_q.weight" not in kept
     assert all(torch.equal(baked[name], source[name].to(baked[name].dtype)) for name in source)
+
+
+def test_bake_keeps_the_video_models_tokenizer_ready_and_lists_it(
+    upstream: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = json.loads(bake(WAN21, FolderHub(upstream), tmp_path, twin=True).read_bytes())
+    assert (tmp_path / "shared/umt5_tokenizer" / READY).is_file()
+    assert f"shared/umt5_tokenizer/{READY}" in {line["path"] for line in manifest["files"]}
+    assert "not kept ready" not in caplog.text  # of a scheduler or an image processor nothing is to be kept
 
 
 def test_bake_merges_each_experts_loras_in_fp32(upstream: Path, tmp_path: Path) -> None:
