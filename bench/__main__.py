@@ -21,6 +21,7 @@ stderr and its numbers in --json at once, so a run that is cut loses nothing. Th
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", nargs="+", choices=["bf16", "fp8", "int8"], default=["fp8"], help="one `ours` arm for each"
     )
-    parser.add_argument("--attention", help="kernel of `ours`; default: the fastest that works")
+    parser.add_argument(
+        "--attention", nargs="+", default=["fastest"],
+        help="one `ours` arm for each: a kernel's name, or fastest (the default): the fastest exact one that works",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--cache-dir", type=Path, help="compiled graphs of an earlier run")
     parser.add_argument(
@@ -126,9 +130,9 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     for what in args.what:
         if what == "work":
             cells += [
-                {"what": what, **common, **_levers(args), "cap_gib": None, "mode": "svi_endframe",
+                {"what": what, **common, **_levers(args, kernel), "cap_gib": None, "mode": "svi_endframe",
                  "layouts": args.layout, "precision": precision, "compile": is_compiled}
-                for precision in args.precision for is_compiled in (False, True)
+                for precision in args.precision for kernel in args.attention for is_compiled in (False, True)
             ]  # fmt: skip
         elif what != "jobs":
             cells.append({"what": what, **common, "cap_gib": None if what in UNCAPPED else args.cap_gib})
@@ -146,8 +150,8 @@ def _rows(args: argparse.Namespace) -> list[Row]:
         if "plain" in args.arms:
             rows.append(Row({"what": "plain", **job, "precision": "bf16"}, None, args.steps))
         if "ours" in args.arms:
-            for precision in args.precision:
-                cell = {"what": "ours", **job, "precision": precision}
+            for precision, kernel in product(args.precision, args.attention):
+                cell = {"what": "ours", **job, **_levers(args, kernel), "precision": precision}
                 rows += [Row(cell, layout, args.steps) for layout in layouts]
     for row in rows:
         try:
@@ -161,9 +165,10 @@ def _common(args: argparse.Namespace) -> Cell:
     return {"twins": str(args.twins), "cap_gib": args.cap_gib, "size": args.size}
 
 
-def _levers(args: argparse.Namespace) -> Cell:
+def _levers(args: argparse.Namespace, kernel: str = "fastest") -> Cell:
     cache_dir = None if args.cache_dir is None else str(args.cache_dir)
-    return {"attention": args.attention, "compile": not args.no_compile, "cache_dir": cache_dir}
+    attention = None if kernel == "fastest" else kernel
+    return {"attention": attention, "compile": not args.no_compile, "cache_dir": cache_dir}
 
 
 def _child(cell: Cell, answers: int) -> int:

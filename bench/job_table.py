@@ -178,7 +178,7 @@ def _wholes(cells: list[Result]) -> str:
 
 
 def _name(cell: Result) -> str:
-    words = [cell["what"], cell["in_effect"]["precision"], cell["layout"] or ""]
+    words = [cell["what"], cell["in_effect"]["precision"], cell["attention"], cell["layout"]]
     return ", ".join(word for word in words if word)
 
 

@@ -96,6 +96,8 @@ class Ladder:
             self._compiled(f"+ {kind}, compile")
             accelerate([self._model], self._device, Levers(compile=False))
             self._compiled("+ all that a worker does")
+            if accelerate([self._model], self._device, Levers("attention8", compile=False)).attention == "attention8":
+                self._compiled("+ attention8")
         return self.rungs
 
     def _compiled(self, name: str) -> None:

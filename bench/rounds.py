@@ -33,7 +33,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        words = [self.cell["mode"], self.cell["what"], self.cell["precision"], self.layout or ""]
+        words = [self.cell["mode"], self.cell["what"], self.cell["precision"], self.cell["attention"], self.layout]
         return " ".join(word for word in words if word)
 
     @property

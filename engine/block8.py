@@ -119,7 +119,10 @@ def _batch(values: Tensor, scale: Tensor, like: Tensor) -> Rounded:
 
 
 def install(model: nn.Module, device: str) -> tuple[str, ...]:
-    """Make the model's fp8 blocks Block8 where the card can; returns what should be said."""
+    """Make the model's fp8 blocks Block8 where the card can; returns what should be said.
+
+    After another kernel was installed (engine.attention): again.
+    """
     blocks: list[Any] = [block for block in model.modules() if _fits(block)]
     if not blocks or torch.device(device).type != "cuda":
         return ()
@@ -136,7 +139,9 @@ def install(model: nn.Module, device: str) -> tuple[str, ...]:
 
 
 def _fits(block: nn.Module) -> bool:
-    if type(block) is not WanTransformerBlock or not isinstance(block.norm2, nn.LayerNorm):
+    if not isinstance(block, WanTransformerBlock) or type(block) not in (WanTransformerBlock, Block8):
+        return False
+    if not isinstance(block.norm2, nn.LayerNorm):
         return False
     return all(isinstance(layer, Linear8) and layer.kind == "fp8" for layer in _rounded_layers(block))
 

@@ -9,7 +9,7 @@ GB = 10**9
 
 
 def make_cell(what: str, precision: str = "fp8", mode: str = "svi_endframe", size: str = "full") -> dict:
-    return {"what": what, "precision": precision, "mode": mode, "cap_gib": 44.5, "size": size}
+    return {"what": what, "precision": precision, "attention": None, "mode": mode, "cap_gib": 44.5, "size": size}
 
 
 class FakeArm:

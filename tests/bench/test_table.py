@@ -24,6 +24,7 @@ def make_cell(what: str, precision: str, seconds: float, forward_s: float, layou
     linear8 = precision if what == "ours" else ""
     return {
         "what": what, "mode": "svi_endframe", "cap_gib": 44.5, "size": "full", "card": "card", "layout": layout,
+        "attention": None,
         "in_effect": {"precision": precision, "attention": "flash4", "linear8": linear8, "graphs": 1}, "notes": [],
         "first": make_sample(20.0, 3.0), "samples": [make_sample(seconds, forward_s) for _ in range(5)],
     }  # fmt: skip
@@ -99,6 +100,15 @@ def test_one_process_serves_all_layouts_of_an_arm():
     ]  # fmt: skip
     assert made[1].cell is made[2].cell
     assert [cell["what"] for cell in _cells(args)] == ["ceilings"]
+
+
+def test_each_kernel_that_is_asked_for_is_an_arm_of_ours():
+    given = ["jobs", "--attention", "fastest", "attention8", "--layout", "flf"]
+    made = _rows(_arguments().parse_args(given))
+    assert [row.name for row in made] == [
+        "svi_endframe plain bf16", "svi_endframe ours fp8 flf", "svi_endframe ours fp8 attention8 flf",
+    ]  # fmt: skip
+    assert [row.cell["attention"] for row in made] == [None, None, "attention8"]
 
 
 def test_work_is_measured_eager_and_compiled():

@@ -150,6 +150,17 @@ def test_install_leaves_a_model_alone_when_there_is_no_card():
     assert {type(one) for one in processors(model)} == {WanProcessor}
 
 
+def test_kernel_that_is_installed_later_is_the_one_that_blocks_use(given):
+    model = Holder("fp8", None)
+    assert install(model, "cuda") == ()
+    attention.install(model, "flash4", "cudnn")
+    assert install(model, "cuda") == ()
+    own, other = processors(model)[:2]
+    assert (type(own), type(other)) == (OnePassProcessor, TextProcessor)
+    assert {(one.kernel, one.few) for one in processors(model)} == {("flash4", "cudnn")}
+    assert own._attend is attention.KERNELS["flash4"].attend
+
+
 def calls(model, given, monkeypatch):
     """How many keys each attention of the first block had: to the text's kernels, and to the one that was chosen."""
     to_text, chosen = [], []
