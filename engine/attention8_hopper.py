@@ -5,10 +5,12 @@ and values through two places in shared memory. A group multiplies its queries w
 once the product of the tile before, whose weights lie in its registers, with the values, bf16; while that runs, scores
 become weights. The groups take turns at beginning products, so that one multiplies while others exponentiate.
 
-Two things keep exponentials from being what all waits for, beside the missing maximum (engine.attention8):
-- Sums of whole numbers begin at the bits of 1.5 * 2**23: these bits plus a score are, read as float32, that number plus
-  the score, so that nothing is converted. What is added is taken off in the multiplication with the scale.
-- 80 keys a tile: their scores, the weights before them and what a query sees are 124 of a thread's 160 registers.
+80 keys a tile: their scores, the weights before them and what a query sees are 124 of a thread's 160 registers, and so
+the weights need no way through shared memory, whose rate would be next to what all waits for.
+
+Not faster on an H200 (docs/LOG.md): 128 queries a block, 128 or 176 keys a tile, a second product of scores begun
+before the weights of the first, a part of the exponentials as polynomials, sums that begin at the bits of 1.5 * 2**23
+so that no score need be converted.
 
 Shapes inside: queries and keys first, then the width of a head, then heads. Imported on a card, when it is asked for.
 """
@@ -25,7 +27,8 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cutlass_dsl import T
 from cutlass.memory import SmemAllocator
-from cutlass.utils import LayoutEnum, hopper_helpers
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from engine.attention8 import KEY_TILE, MOST_BOUND, WIDTH, Rounded8
@@ -38,7 +41,6 @@ COMPUTING_REGISTERS, LOADING_REGISTERS = 160, 32  # a thread; together all that 
 OWN_ROWS = 2  # of the scores, that a thread has numbers of; three others of its warp have the rest of these rows
 # Named barriers: 0 is the whole block's.
 FIRST_TURN, LAST = 1, 8
-WHOLE, WHOLE_BITS = 12582912.0, 0x4B400000  # 1.5 * 2**23
 # A first largest score: below any, and finite, so that a tile of no keys leaves no NaN.
 LOWEST = -1e30
 
@@ -88,18 +90,18 @@ class Bounded:
         self.totals = _row_numbers(0.0)
 
     def weigh(self, scores: Any, key_scale: Any) -> None:
-        """Scores, as they come from the product, become weights in their place; adds up each row's."""
+        """Sums of whole numbers become weights in their place; adds up each row's."""
         for r in range(OWN_ROWS):
-            factor = self._scales[r] * key_scale
-            self._add(scores, r, factor, factor * Float32(WHOLE))
+            self._add(scores, r, self._scales[r] * key_scale, None)
 
     def shrink(self, seen: Any) -> None:
         """What was summed before stays as it is."""
 
-    def _add(self, scores: Any, r: int, factor: Any, taken: Any) -> None:
+    def _add(self, scores: Any, r: int, factor: Any, largest: Any | None) -> None:
         total = self.totals[r]
         for c in range(cute.size(scores, mode=[1])):
-            weight = cute.math.exp2(scores[r, c] * factor - taken, fastmath=True)
+            score = scores[r, c] * factor
+            weight = cute.math.exp2(score if largest is None else score - largest, fastmath=True)
             scores[r, c] = weight
             total = total + weight
         self.totals[r] = total
@@ -119,12 +121,12 @@ class Running(Bounded):
             largest = scores[r, 0]
             for c in range(1, cute.size(scores, mode=[1])):
                 largest = cute.arch.fmax(largest, scores[r, c])
-            largest = (cute.arch.warp_reduction_max(largest, threads_in_group=4) - Float32(WHOLE)) * factor
+            largest = cute.arch.warp_reduction_max(largest, threads_in_group=4) * factor
             largest = cute.arch.fmax(self._largest[r], largest)
             self._factors[r] = cute.math.exp2(self._largest[r] - largest, fastmath=True)
             self._largest[r] = largest
             self.totals[r] = self.totals[r] * self._factors[r]
-            self._add(scores, r, factor, factor * Float32(WHOLE) + largest)
+            self._add(scores, r, factor, largest)
 
     def shrink(self, seen: Any) -> None:
         _multiply_rows(seen, self._factors)
@@ -280,7 +282,8 @@ class Attention8:
         value_part = group_seeing.make_fragment_B(group_seeing.partition_B(value_turned))
         weights = group_seeing.make_fragment_A(group_seeing.partition_shape_A((ROWS, KEY_TILE)))
         seen = cute.make_rmem_tensor(seeing.get_slice(thread).partition_shape_C((ROWS, WIDTH)), Float32)
-        scores = cute.make_rmem_tensor(scoring.get_slice(thread).partition_shape_C((ROWS, KEY_TILE)), Int32)
+        sums = cute.make_rmem_tensor(scoring.get_slice(thread).partition_shape_C((ROWS, KEY_TILE)), Int32)
+        scores = _by_row(cute.make_rmem_tensor_like(sums, Float32))
         weigher = weighing(scales)
         weigh, shrink, totals = weigher.weigh, weigher.shrink, weigher.totals  # an object cannot go into a loop
 
@@ -290,13 +293,13 @@ class Attention8:
         queries.consumer_wait(_at_start(pipeline.PipelineUserType.Consumer, 1))
         last = key_tiles - 1
         keys.consumer_wait(state)
-        _begin_scores(scoring, scores, query_part, key_part[None, None, None, state.index])
+        _begin_product(scoring, sums, query_part, key_part[None, None, None, state.index], adds=False)
         warpgroup.wait_group(0)
         keys.consumer_release(state)
-        numbers = _by_row(cute.recast_tensor(scores, Float32))
-        _leave_out(numbers, key_count - last * KEY_TILE)
-        weigh(numbers, key_scales[head, last])
-        _keep(numbers, weights)
+        _read(sums, scores)
+        _leave_out(scores, key_count - last * KEY_TILE)
+        weigh(scores, key_scales[head, last])
+        _keep(scores, weights)
         seen.fill(0.0)
         for i in cutlass.range(last, unroll=1):
             before = state.clone()
@@ -304,19 +307,20 @@ class Attention8:
             key_scale = key_scales[head, last - 1 - i]
             keys.consumer_wait(state)
             cute.arch.barrier(barrier_id=FIRST_TURN + group, number_of_threads=2 * GROUP)
-            _begin_scores(scoring, scores, query_part, key_part[None, None, None, state.index])
+            _begin_product(scoring, sums, query_part, key_part[None, None, None, state.index], adds=False)
             values.consumer_wait(before)
-            _begin_product(seeing, seen, weights, value_part[None, None, None, before.index])
+            _begin_product(seeing, seen, weights, value_part[None, None, None, before.index], adds=True)
             _pass_turn_to((group + 1) % GROUPS)
             warpgroup.wait_group(1)
             keys.consumer_release(state)
-            weigh(numbers, key_scale)
+            _read(sums, scores)
+            weigh(scores, key_scale)
             warpgroup.wait_group(0)
             values.consumer_release(before)
-            _keep(numbers, weights)
+            _keep(scores, weights)
             shrink(_by_row(seen))
         values.consumer_wait(state)
-        _begin_product(seeing, seen, weights, value_part[None, None, None, state.index])
+        _begin_product(seeing, seen, weights, value_part[None, None, None, state.index], adds=True)
         warpgroup.wait_group(0)
         values.consumer_release(state)
 
@@ -403,19 +407,23 @@ def _by_row(x: Any) -> Any:
     return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=step))
 
 
-def _begin_scores(product: Any, scores: Any, queries: Any, keys: Any) -> None:
-    scores.fill(WHOLE_BITS)
-    _begin_product(product, scores, queries, keys)
-
-
-def _begin_product(product: Any, total: Any, one: Any, other: Any) -> None:
-    """Add the product to `total`, which nobody may read before it is waited for."""
+def _begin_product(product: Any, total: Any, one: Any, other: Any, *, adds: bool) -> None:
+    """Begin `total` (+)= one * other; nobody may read the total before it is waited for."""
     warpgroup.fence()
     step = cute.make_mma_atom(product.op)
-    step.set(warpgroup.Field.ACCUMULATE, True)
+    step.set(warpgroup.Field.ACCUMULATE, adds)
     for k in range(cute.size(one.shape[2])):
         cute.gemm(step, total, one[None, None, k], other[None, None, k], total)
+        step.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
+
+
+def _read(sums: Any, scores: Any) -> None:
+    """Whole numbers as float32, which the next product may not touch while they become weights."""
+    rows = _by_row(sums)
+    for r in range(OWN_ROWS):
+        for c in range(cute.size(scores, mode=[1])):
+            scores[r, c] = Float32(rows[r, c])
 
 
 def _leave_out(scores: Any, count: Any) -> None:
@@ -425,13 +433,13 @@ def _leave_out(scores: Any, count: Any) -> None:
             scores[r, c] = cutlass.select_(_own_columns(c) < count, scores[r, c], -Float32.inf)
 
 
-def _keep(numbers: Any, weights: Any) -> None:
+def _keep(scores: Any, weights: Any) -> None:
     """Weights, rounded to bf16 two by two, to where the product with the values reads them."""
     pairs = cute.recast_tensor(weights, Int32)
     half = cute.size(pairs) // 2
     for i in range(half):
         for r in range(OWN_ROWS):
-            pairs[2 * i + r] = _pair(numbers[r, 2 * i], numbers[r, 2 * i + 1])
+            pairs[2 * i + r] = _pair(scores[r, 2 * i], scores[r, 2 * i + 1])
 
 
 def _pair(low: Any, high: Any) -> Any:
