@@ -94,7 +94,8 @@ def test_worker_imports_what_its_first_job_needs_while_it_waits_for_it(twins: Pa
 @pytest.mark.timeout(600)
 def test_worker_that_is_told_to_leave_while_it_imports_leaves(twins: Path, tmp_path: Path) -> None:
     with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, environment(twins)) as worker:
-        wait_for_line(worker, "Starting Serverless Worker")
+        server.wait_for("take", timeout_s=FIRST_JOB_S)  # it obeys signals from before then, and begins to import then
+        assert "imported ahead of the first job" not in worker.log()
         worker.terminate()
         assert worker.wait(FIRST_JOB_S) == 0
         assert "Traceback" not in worker.log()
