@@ -56,6 +56,7 @@ CHILDREN = (
     Child("svi", 1000, f"{SVI} flf --arms plain ours --precision fp8 --json {{result}}"),
     Child("cold", 600, "bench.cold --repeats 1 --json {result}"),
     Child("exact", 420, f"{SVI} --arms ours --precision bf16 --json {{result}}"),
+    Child("attention8", 400, f"{SVI} --arms ours --precision fp8 --attention fastest attention8 --json {{result}}"),
     Child("sdxl", 240, "bench jobs --modes image --arms plain ours --precision bf16 --trace --json {result}"),
     Child("modes", 300, "bench.modes --json {result}"),
     Child("lightning", 240, "bench jobs --modes lightning --arms ours --repeats 3 --trace --json {result}"),

@@ -52,6 +52,10 @@ def _arm(found: Found, program: str, what: str = "ours", layout: str | None = No
     return next(row for row in rows if layout in (None, row["layout"]))
 
 
+def _attention8(found: Found) -> Row:
+    return next(row for row in found["attention8"] if row.get("samples") and row["attention"] == "attention8")
+
+
 def _times(slow: Row, fast: Row, least: float) -> Seen:
     n = min(len(slow["samples"]), len(fast["samples"]))
     ratio = job_seconds(slow) / job_seconds(fast)
@@ -175,6 +179,7 @@ DEMANDS = (
         f"exact track: two experts ({2 * EXPERT_GB:.1f} GB) move in a job, the encoder ({ENCODER_GB:.1f}) may",
         lambda f: _moved(_arm(f, "exact"), 2 * EXPERT_GB, 2 * EXPERT_GB + ENCODER_GB),
     ),
+    Demand("with 8-bit scores: 13 s", lambda f: _seconds(_attention8(f), 13.0)),
     Demand("rolling swap: 1.05 of both experts resident", _swap_ratio),
     Demand("rolling swap: equal to it", lambda f: (str(_swap(f)[0]["equal"]), _swap(f)[0]["equal"])),
     Demand("rolling swap: two experts move", _swap_moved),

@@ -55,31 +55,36 @@ def attend(query: Rounded8, key: Rounded8, value: Tensor) -> Tensor:
 
 @cache
 def _compiled() -> Any:
-    """For any number of queries, keys and heads. Kept where flash-attn-4 keeps its own, if it does (keep_kernels)."""
+    """Kept where flash-attn-4 keeps its own kernels, if it does (engine.settings.keep_kernels)."""
     from flash_attn.cute.cache_utils import get_jit_cache
 
     kept = get_jit_cache("svi_worker_attention8")
     source = (hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), KEY_TILE, MOST_BOUND)
     if source not in kept:
-        queries, keys, heads, tiles = (cute.sym_int() for _ in range(4))
-
-        def tensor(kind: Any, *shape: Any) -> Any:
-            order = tuple(reversed(range(len(shape))))
-            return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=16)
-
-        kept[source] = cute.compile(
-            Attention8(),
-            tensor(Int8, queries, heads, WIDTH),
-            tensor(Int8, keys, heads, WIDTH),
-            tensor(BFloat16, keys, heads, WIDTH),
-            tensor(BFloat16, queries, heads, WIDTH),
-            tensor(Float32, heads, queries),
-            tensor(Float32, heads, tiles),
-            tensor(Float32, heads),
-            cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
-            options="--enable-tvm-ffi",
-        )
+        kept[source] = compile_for_any_size()
     return kept[source]
+
+
+def compile_for_any_size() -> Any:
+    """The kernel for any number of queries, keys and heads; needs no card where CUTE_DSL_ARCH names one. 3 to 5 s."""
+    queries, keys, heads, tiles = (cute.sym_int() for _ in range(4))
+
+    def tensor(kind: Any, *shape: Any) -> Any:
+        order = tuple(reversed(range(len(shape))))
+        return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=16)
+
+    return cute.compile(
+        Attention8(),
+        tensor(Int8, queries, heads, WIDTH),
+        tensor(Int8, keys, heads, WIDTH),
+        tensor(BFloat16, keys, heads, WIDTH),
+        tensor(BFloat16, queries, heads, WIDTH),
+        tensor(Float32, heads, queries),
+        tensor(Float32, heads, tiles),
+        tensor(Float32, heads),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        options="--enable-tvm-ffi",
+    )
 
 
 class Bounded:

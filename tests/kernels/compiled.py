@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import passes_triton, rounding_triton, text_attention_triton, widening_triton
+from engine import attention8_triton, passes_triton, rounding_triton, text_attention_triton, widening_triton
 
 AMPERE, ADA, HOPPER = 80, 89, 90
 PIXELS = {"channels": 96, "block": 128, "tile": 16}
@@ -36,6 +36,14 @@ TEXT_ATTENTION: list[tuple[Any, dict[str, Any]]] = [
     (text_attention_triton._attend_kernel, TEXT),
     (text_attention_triton._attend_round_kernel, {**TEXT, "smallest": 1e-12, "limit": 448.0}),
 ]
+ROWS = {"width": 128, "tile": 64, "smallest": 1e-12, "limit": 127.0}
+ATTENTION8: list[tuple[Any, dict[str, Any]]] = [
+    (attention8_triton._round_queries_kernel, {**ROWS, "factor": 0.1275}),
+    (attention8_triton._round_keys_kernel, {**ROWS, "tile": 80, "block": 128}),
+]
+ATTENTION8_TYPES = {
+    "values_at": "*i8", "scales_at": "*fp32", "longest_at": "*fp32", "means_at": "*fp32", "rows": "i32", "heads": "i32",
+}  # fmt: skip
 WIDENING = {"width": 5120, "block": 8192}
 NUMBERS = {"frames": "i32", "pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
@@ -64,3 +72,6 @@ if __name__ == "__main__":
             compile_for(card, kernel, constants, ROUNDINGS_TYPES)
         for (kernel, constants), types in zip(TEXT_ATTENTION, TEXT_ATTENTION_TYPES, strict=True):
             compile_for(card, kernel, constants, types)
+
+    for kernel, constants in ATTENTION8:
+        compile_for(HOPPER, kernel, constants, ATTENTION8_TYPES)

@@ -1,0 +1,64 @@
+"""The kernel of attention8 as it is compiled for a Hopper: what its products are, and that nothing waits in between."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from engine.attention8 import KEY_TILE, WIDTH
+from engine.settings import ROOT
+
+WAYS = 2  # without and with a look for the maximum
+PLACES = (
+    2  # where scores are made: the first tile, and the loop; where they are weighed in: the loop, and the last tile
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cute = Path(triton.__file__).parents[1] / "nvidia_cutlass_dsl" / "dsl_packages"  # beside Triton, as `make` puts it
+    wanted = {
+        "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], str(cute)]),
+        "CUTE_DSL_ARCH": "sm_90a",
+        "CUTE_DSL_KEEP": "cubin",
+        "CUTE_DSL_DUMP_DIR": str(tmp_path_factory.mktemp("compiled")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled_hopper"],
+        cwd=ROOT, env=environment | wanted, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def of_kind(compiled: dict[str, Any], start: str) -> int:
+    return sum(count for name, count in compiled["instructions"].items() if name.startswith(start))
+
+
+def test_scores_are_int8_products_and_what_is_seen_bf16_ones(compiled: dict[str, Any]) -> None:
+    assert of_kind(compiled, "IGMMA") == WAYS * PLACES * WIDTH // 32
+    assert of_kind(compiled, "HGMMA") == WAYS * PLACES * KEY_TILE // 16
+
+
+def test_no_number_leaves_the_registers(compiled: dict[str, Any]) -> None:
+    assert "STACK:0" in compiled["resources"]
+    assert of_kind(compiled, "LDL") == of_kind(compiled, "STL") == 0
+
+
+def test_products_are_waited_for_where_the_kernel_says_so(compiled: dict[str, Any]) -> None:
+    """Where the compiler finds no other way it waits after each product, at a third of the speed."""
+    assert of_kind(compiled, "WARPGROUP.DEPBAR") == WAYS * 4
+    assert of_kind(compiled, "WARPGROUP.ARRIVE") == WAYS * 2 * PLACES
+
+
+def test_one_way_looks_for_no_maximum(compiled: dict[str, Any]) -> None:
+    """Two maxima for each number of a thread's row, one to begin with and those between four threads, in one way."""
+    weighed = PLACES * 2 * (KEY_TILE // 4)
+    assert weighed <= of_kind(compiled, "FMNMX") < 1.5 * weighed
+    assert of_kind(compiled, "MUFU.EX2") < WAYS * weighed * 1.1
