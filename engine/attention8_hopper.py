@@ -23,26 +23,34 @@ from typing import Any
 import cutlass
 import torch
 from cutlass import BFloat16, Float32, Int8, Int32, Int64, cute, pipeline
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
-from cutlass.cutlass_dsl import T
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from torch import Tensor
 
+from engine import attention8_weights
 from engine.attention8 import KEY_TILE, MOST_BOUND, WIDTH, Rounded8
+from engine.attention8_weights import (
+    OWN_ROWS,
+    Bounded,
+    Running,
+    by_row,
+    keep_weights,
+    leave_out_keys,
+    multiply_rows,
+    own_row,
+    read_sums,
+    row_numbers,
+)
 
 GROUP = 128  # threads of a warp group
 GROUPS = 3  # that compute
 ROWS = 64 * GROUPS  # queries a block
 STAGES = 2  # tiles of keys, and of values, in shared memory
 COMPUTING_REGISTERS, LOADING_REGISTERS = 160, 32  # a thread; together all that there are
-OWN_ROWS = 2  # of the scores, that a thread has numbers of; three others of its warp have the rest of these rows
 # Named barriers: 0 is the whole block's.
 FIRST_TURN, LAST = 1, 8
-# A first largest score: below any, and finite, so that a tile of no keys leaves no NaN.
-LOWEST = -1e30
 
 
 def attend(query: Rounded8, key: Rounded8, value: Tensor) -> Tensor:
@@ -59,7 +67,8 @@ def _compiled() -> Any:
     from flash_attn.cute.cache_utils import get_jit_cache
 
     kept = get_jit_cache("svi_worker_attention8")
-    source = (hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), KEY_TILE, MOST_BOUND)
+    files = (Path(__file__), Path(attention8_weights.__file__))
+    source = (*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files), KEY_TILE, MOST_BOUND)
     if source not in kept:
         kept[source] = compile_for_any_size()
     return kept[source]
@@ -85,56 +94,6 @@ def compile_for_any_size() -> Any:
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )
-
-
-class Bounded:
-    """Weights of scores that need no maximum: 2**score."""
-
-    def __init__(self, scales: Any) -> None:
-        self._scales = scales
-        self.totals = _row_numbers(0.0)
-
-    def weigh(self, scores: Any, key_scale: Any) -> None:
-        """Sums of whole numbers become weights in their place; adds up each row's."""
-        for r in range(OWN_ROWS):
-            self._add(scores, r, self._scales[r] * key_scale, None)
-
-    def shrink(self, seen: Any) -> None:
-        """What was summed before stays as it is."""
-
-    def _add(self, scores: Any, r: int, factor: Any, largest: Any | None) -> None:
-        total = self.totals[r]
-        for c in range(cute.size(scores, mode=[1])):
-            score = scores[r, c] * factor
-            weight = cute.math.exp2(score if largest is None else score - largest, fastmath=True)
-            scores[r, c] = weight
-            total = total + weight
-        self.totals[r] = total
-
-
-class Running(Bounded):
-    """Weights of any scores: 2**(score - the largest of its row so far)."""
-
-    def __init__(self, scales: Any) -> None:
-        super().__init__(scales)
-        self._largest = _row_numbers(LOWEST)
-        self._factors = _row_numbers(1.0)
-
-    def weigh(self, scores: Any, key_scale: Any) -> None:
-        for r in range(OWN_ROWS):
-            factor = self._scales[r] * key_scale
-            largest = scores[r, 0]
-            for c in range(1, cute.size(scores, mode=[1])):
-                largest = cute.arch.fmax(largest, scores[r, c])
-            largest = cute.arch.warp_reduction_max(largest, threads_in_group=4) * factor
-            largest = cute.arch.fmax(self._largest[r], largest)
-            self._factors[r] = cute.math.exp2(self._largest[r] - largest, fastmath=True)
-            self._largest[r] = largest
-            self.totals[r] = self.totals[r] * self._factors[r]
-            self._add(scores, r, factor, largest)
-
-    def shrink(self, seen: Any) -> None:
-        _multiply_rows(seen, self._factors)
 
 
 class Attention8:
@@ -233,9 +192,9 @@ class Attention8:
         else:
             cute.arch.setmaxregister_increase(COMPUTING_REGISTERS)
             query_scales, key_scales, bounds = numbers
-            scales = _row_numbers(0.0)
+            scales = row_numbers(0.0)
             ways = (scales, key_scales, head, key_tiles, key.shape[0])
-            first = block * ROWS + _own_row(cute.arch.thread_idx()[0] - GROUP)
+            first = block * ROWS + own_row(cute.arch.thread_idx()[0] - GROUP)
             for r in cutlass.range_constexpr(OWN_ROWS):
                 scales[r] = query_scales[head, cutlass.min(first + 8 * r, query_scales.shape[1] - 1)]
             if bounds[head] <= MOST_BOUND:  # not where it is a NaN
@@ -288,7 +247,7 @@ class Attention8:
         weights = group_seeing.make_fragment_A(group_seeing.partition_shape_A((ROWS, KEY_TILE)))
         seen = cute.make_rmem_tensor(seeing.get_slice(thread).partition_shape_C((ROWS, WIDTH)), Float32)
         sums = cute.make_rmem_tensor(scoring.get_slice(thread).partition_shape_C((ROWS, KEY_TILE)), Int32)
-        scores = _by_row(cute.make_rmem_tensor_like(sums, Float32))
+        scores = by_row(cute.make_rmem_tensor_like(sums, Float32))
         weigher = weighing(scales)
         weigh, shrink, totals = weigher.weigh, weigher.shrink, weigher.totals  # an object cannot go into a loop
 
@@ -301,10 +260,10 @@ class Attention8:
         _begin_product(scoring, sums, query_part, key_part[None, None, None, state.index], adds=False)
         warpgroup.wait_group(0)
         keys.consumer_release(state)
-        _read(sums, scores)
-        _leave_out(scores, key_count - last * KEY_TILE)
+        read_sums(sums, scores)
+        leave_out_keys(scores, key_count - last * KEY_TILE)
         weigh(scores, key_scales[head, last])
-        _keep(scores, weights)
+        keep_weights(scores, weights)
         seen.fill(0.0)
         for i in cutlass.range(last, unroll=1):
             before = state.clone()
@@ -318,12 +277,12 @@ class Attention8:
             _pass_turn_to((group + 1) % GROUPS)
             warpgroup.wait_group(1)
             keys.consumer_release(state)
-            _read(sums, scores)
+            read_sums(sums, scores)
             weigh(scores, key_scale)
             warpgroup.wait_group(0)
             values.consumer_release(before)
-            _keep(scores, weights)
-            shrink(_by_row(seen))
+            keep_weights(scores, weights)
+            shrink(by_row(seen))
         values.consumer_wait(state)
         _begin_product(seeing, seen, weights, value_part[None, None, None, state.index], adds=True)
         warpgroup.wait_group(0)
@@ -331,7 +290,7 @@ class Attention8:
 
         for r in cutlass.range_constexpr(OWN_ROWS):
             totals[r] = cute.arch.rcp_approx(cute.arch.warp_reduction_sum(totals[r], threads_in_group=4))
-        _multiply_rows(_by_row(seen), totals)
+        multiply_rows(by_row(seen), totals)
         self.give(seen, seeing, mover, tile, out, thread)
 
     @cute.jit
@@ -388,30 +347,6 @@ def _pass_turn_to(group: Any) -> None:
     cute.arch.barrier_arrive(barrier_id=FIRST_TURN + group, number_of_threads=2 * GROUP)
 
 
-def _own_row(thread: Any) -> Any:
-    """The first of a thread's two rows of an accumulator; the other one is eight below."""
-    return thread // 32 * 16 + thread % 32 // 4
-
-
-def _own_columns(place: int) -> Any:
-    """The column of a thread's number at this place of one of its rows."""
-    return cute.arch.thread_idx()[0] % 4 * 2 + place % 2 + place // 2 * 8
-
-
-def _row_numbers(value: float) -> Any:
-    numbers = cute.make_rmem_tensor(OWN_ROWS, Float32)
-    numbers.fill(value)
-    return numbers
-
-
-def _by_row(x: Any) -> Any:
-    """A thread's numbers of an accumulator, ((2, 2, n), 1, 1), as two rows."""
-    (pair, rows, eighths), m, n = x.layout.shape
-    (pair_step, row_step, eighth_step), m_step, n_step = x.layout.stride
-    shape, step = ((rows, m), (pair, eighths, n)), ((row_step, m_step), (pair_step, eighth_step, n_step))
-    return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=step))
-
-
 def _begin_product(product: Any, total: Any, one: Any, other: Any, *, adds: bool) -> None:
     """Begin `total` (+)= one * other; nobody may read the total before it is waited for."""
     warpgroup.fence()
@@ -421,46 +356,3 @@ def _begin_product(product: Any, total: Any, one: Any, other: Any, *, adds: bool
         cute.gemm(step, total, one[None, None, k], other[None, None, k], total)
         step.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
-
-
-def _read(sums: Any, scores: Any) -> None:
-    """Whole numbers as float32, which the next product may not touch while they become weights."""
-    rows = _by_row(sums)
-    for r in range(OWN_ROWS):
-        for c in range(cute.size(scores, mode=[1])):
-            scores[r, c] = Float32(rows[r, c])
-
-
-def _leave_out(scores: Any, count: Any) -> None:
-    """Of a tile with fewer keys, what is behind them weighs nothing."""
-    for r in range(OWN_ROWS):
-        for c in range(cute.size(scores, mode=[1])):
-            scores[r, c] = cutlass.select_(_own_columns(c) < count, scores[r, c], -Float32.inf)
-
-
-def _keep(scores: Any, weights: Any) -> None:
-    """Weights, rounded to bf16 two by two, to where the product with the values reads them."""
-    pairs = cute.recast_tensor(weights, Int32)
-    half = cute.size(pairs) // 2
-    for i in range(half):
-        for r in range(OWN_ROWS):
-            pairs[2 * i + r] = _pair(scores[r, 2 * i], scores[r, 2 * i + 1])
-
-
-def _pair(low: Any, high: Any) -> Any:
-    return Int32(
-        llvm.inline_asm(
-            T.i32(),
-            [Float32(low).ir_value(), Float32(high).ir_value()],
-            "cvt.rn.bf16x2.f32 $0, $2, $1;",
-            "=r,f,f",
-            has_side_effects=False,
-            is_align_stack=False,
-            asm_dialect=llvm.AsmDialect.AD_ATT,
-        )
-    )
-
-
-def _multiply_rows(x: Any, factors: Any) -> None:
-    for r in range(OWN_ROWS):
-        x[r, None].store(x[r, None].load() * factors[r])
