@@ -15,7 +15,7 @@ from engine.profile import Component
 from engine.profiles import PROFILES
 from engine.settings import Settings
 from engine.tokenizer import READY, make_ready, read_ready
-from engine.weights import locate
+from engine.weights import MANIFEST, locate
 
 UMT5 = PROFILES["wan22_i2v_svi"].component("tokenizer")
 TEXTS = (
@@ -113,8 +113,13 @@ def test_older_bake_that_kept_nothing_is_loaded_as_ever(
     twins: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = Path(shutil.copytree(twins, tmp_path / "twins"))
-    (root / UMT5.folder / READY).unlink(missing_ok=True)
-    parts = locate(PROFILES["wan22_i2v_svi"], Settings(weights_dir=root)).parts()
+    profile = PROFILES["wan22_i2v_svi"]
+    (root / UMT5.folder / READY).unlink()
+    change(
+        root / profile.folder / MANIFEST,
+        lambda stored: stored.update(files=[line for line in stored["files"] if Path(line["path"]).name != READY]),
+    )
+    parts = locate(profile, Settings(weights_dir=root)).parts()
     assert type(parts.load("tokenizer")) is type(by_library(root / UMT5.folder))
     assert "made anew" not in caplog.text
 
