@@ -1,8 +1,12 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from engine import svi_scene
+from engine.pictures import fit_picture
 from engine.svi_scene import read_scene
 from schemas.errors import InvalidInput
 from schemas.input_schema import parse_request
@@ -75,3 +79,24 @@ def test_prefix_gives_the_pixel_layouts_its_last_frames_as_start():
 def test_nothing_to_start_on_is_refused():
     with pytest.raises(InvalidInput, match="image_start: is missing"):
         scene({})
+
+
+def test_pictures_are_fitted_beside_each_other(monkeypatch):
+    both = threading.Barrier(2, timeout=30)
+
+    def fit(image, height, width):
+        both.wait()  # one after the other would break it
+        return fit_picture(image, height, width)
+
+    monkeypatch.setattr(svi_scene, "fit_picture", fit)
+    assert scene({"image_start": GREY}).given.end is not None
+
+
+def test_picture_that_cannot_be_fitted_ends_the_job_and_leaves_no_thread(monkeypatch):
+    def fit(image, height, width):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(svi_scene, "fit_picture", fit)
+    with pytest.raises(MemoryError, match="no room"):
+        scene({"image_start": GREY})
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fitting")]
