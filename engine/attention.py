@@ -16,7 +16,7 @@ Kinds. All kernels compute the same mathematics in another order, apart from `at
 self-attention: to the few keys of a text or a picture there is nothing to gain.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -38,7 +38,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEXT_TOKENS = 512  # of UMT5 in Wan; image tokens stand before them (WanAttnProcessor in transformer_wan.py)
 # Self-attention small and with the real heads, and cross-attention to the text: (tokens, keys, heads, d). One head
 # size, the models' own: flash-attn-4 is compiled for each that it meets, 1.6 s apiece.
-SHAPES = ((64, 64, 2, 128), (1024, 1024, 40, 128), (1024, TEXT_TOKENS, 40, 128))
+HEAD_WIDTH = 128
+SHAPES = ((64, 64, 2, HEAD_WIDTH), (1024, 1024, 40, HEAD_WIDTH), (1024, TEXT_TOKENS, 40, HEAD_WIDTH))
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Kernel:
     tolerance: float = 0.01
     rounds: bool = False
     """It rounds queries and keys."""
+    width: int | None = None
+    """Of a head, where it takes no other."""
     problem: Callable[[str], str | None] = lambda _device: None
     """What this kernel alone is tested for on a device: a sentence, or None."""
 
@@ -111,8 +114,15 @@ KERNELS: Mapping[str, Kernel] = {
     "flash4": Kernel(_package("flash4"), (AMPERE, BEYOND)),
     "cudnn": Kernel(_cudnn, (AMPERE, BEYOND)),
     "flash2": Kernel(_package("flash2"), (AMPERE, BLACKWELL)),
-    "attention8": Kernel(attention8.attend8, (HOPPER, BLACKWELL), 0.05, rounds=True, problem=attention8.problem),
-    "sage": Kernel(_package("sage"), (AMPERE, BEYOND), 0.05, rounds=True),
+    "attention8": Kernel(
+        attention8.attend8,
+        (HOPPER, BLACKWELL),
+        tolerance=0.05,
+        rounds=True,
+        width=attention8.WIDTH,
+        problem=attention8.problem,
+    ),
+    "sage": Kernel(_package("sage"), (AMPERE, BEYOND), tolerance=0.05, rounds=True),
     "xformers": Kernel(_package("xformers"), ((7, 0), BEYOND)),
     "native": Kernel(_native, None),
 }
@@ -137,9 +147,12 @@ class Choice:
     """The kernel of attention to few keys, a text's or a picture's; empty: the same."""
 
 
-def choose(device: str, wanted: str | None = None, kernels: Mapping[str, Kernel] = KERNELS) -> Choice:
-    """The first kernel that passes its self-test: `wanted`, then the table's order for this card, then
-    native.
+def choose(
+    device: str, wanted: str | None = None, kernels: Mapping[str, Kernel] = KERNELS, width: int = HEAD_WIDTH
+) -> Choice:
+    """The first kernel that passes its self-test: `wanted`, then the table's order for this card, then native.
+
+    `width`: of the heads that it will be used for.
 
     Raises:
         SettingsError: `wanted` is no kernel at all.
@@ -149,29 +162,24 @@ def choose(device: str, wanted: str | None = None, kernels: Mapping[str, Kernel]
     capability = torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
     order = ORDER.get(capability[0], ("native",)) if capability else ("native",)
     notes: list[str] = []
-    passing = _passing(dict.fromkeys([wanted, *order] if wanted else order), kernels, device, capability, notes)
-    name = next(passing, "native")
-    few = next((other for other in passing if not kernels[other].rounds), "native") if kernels[name].rounds else ""
+
+    def passing() -> Iterator[str]:
+        """Those that pass, each tested when it is asked for; of the others `notes` gets a sentence."""
+        for name in dict.fromkeys([wanted, *order] if wanted else order):
+            problem = _problem(kernels[name], device, capability, width)
+            if problem is None:
+                yield name
+            else:
+                notes.append(f"attention kernel {name} is not used: {problem}")
+
+    found = passing()
+    name, few = next(found, "native"), ""
+    if kernels[name].rounds:
+        few = next((other for other in found if not kernels[other].rounds), "native")
     return Choice(name, tuple(notes), few)
 
 
-def _passing(
-    names: Iterable[str],
-    kernels: Mapping[str, Kernel],
-    device: str,
-    capability: tuple[int, int] | None,
-    notes: list[str],
-) -> Iterator[str]:
-    """Those that pass, each tested when it is asked for; of the others `notes` gets a sentence."""
-    for name in names:
-        problem = _problem(kernels[name], device, capability)
-        if problem is None:
-            yield name
-        else:
-            notes.append(f"attention kernel {name} is not used: {problem}")
-
-
-def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) -> str | None:
+def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None, width: int) -> str | None:
     if kernel.capabilities is None:
         return None  # torch's own kernel is what would be left in any case
     if capability is None:
@@ -179,6 +187,8 @@ def _problem(kernel: Kernel, device: str, capability: tuple[int, int] | None) ->
     first, beyond = kernel.capabilities
     if not first <= capability < beyond:
         return f"compute capability {capability[0]}.{capability[1]} is not supported"
+    if kernel.width not in (None, width):
+        return f"it takes heads of {kernel.width} numbers, not {width}"
     try:
         worst = max(relative_error(kernel.attend, device, *shape) for shape in SHAPES)
         own = kernel.problem(device)
@@ -286,9 +296,24 @@ def install(transformer: nn.Module, name: str, few: str = "") -> int:
     Raises:
         ValueError: it has no Wan attention.
     """
-    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, WanAttention)]
-    if not layers:
-        raise ValueError(f"{type(transformer).__name__} has no attention layer that this kernel could go into")
+    layers = _layers(transformer)
     for layer in layers:
         layer.set_processor(WanProcessor(name, few))
     return len(layers)
+
+
+def head_width(transformer: nn.Module) -> int:
+    """Numbers of one of its heads.
+
+    Raises:
+        ValueError: it has no Wan attention.
+    """
+    layer = _layers(transformer)[0]
+    return int(layer.inner_dim // layer.heads)
+
+
+def _layers(transformer: nn.Module) -> list[Any]:
+    layers = [module for module in transformer.modules() if isinstance(module, WanAttention)]
+    if not layers:
+        raise ValueError(f"{type(transformer).__name__} has no attention layer that this kernel could go into")
+    return layers

@@ -87,7 +87,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
         keep_kernels(levers.cache_dir)
     if is_compiled:
         start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
-    choice = attention.choose(device, levers.attention)
+    choice = attention.choose(device, levers.attention, width=attention.head_width(models[0]))
     said = dict.fromkeys(choice.notes)
     for model in models:
         attention.install(model, choice.name, choice.few)

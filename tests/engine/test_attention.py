@@ -156,6 +156,15 @@ def test_what_a_kernel_alone_is_tested_for_can_refuse_it(hopper):
     assert chosen.notes == ("attention kernel flash4_wide is not used: it hides a NaN",)
 
 
+def test_kernel_for_heads_of_one_width_is_not_used_for_others(hopper):
+    right = right_kernels()
+    chosen = choose("cuda", "attention8", kernels=right, width=16)
+    assert (chosen.name, chosen.few) == ("flash4_wide", "")
+    assert chosen.notes == ("attention kernel attention8 is not used: it takes heads of 128 numbers, not 16",)
+    assert choose("cuda", "attention8", kernels=right, width=128).name == "attention8"
+    assert attention.head_width(make_wan21()) == 16
+
+
 def test_benchmarks_take_no_kernel_that_rounds_as_a_ceiling():
     assert {name for name, kernel in KERNELS.items() if kernel.rounds} == ROUNDING
 
