@@ -5,13 +5,15 @@ limit. That card multiplies int8 twice as fast as bf16 and for less power, so th
 scores may cost half.
 
 How. A query has a scale of its own for each head. From the keys their mean over all tokens is taken first: it adds the
-same to every score of a query, so that no softmax sees it, and what lies far out in keys is mostly that. What is left
-has a scale for each tile of keys that the kernel takes at a time. A score is then an exact sum of whole numbers.
+same to every score of a query, so that no softmax sees it, and in published models what lies far out in keys is mostly
+that (SageAttention, arXiv 2410.02367). What is left has a scale for each tile of keys that the kernel takes at a time.
+A score is then an exact sum of whole numbers.
 
 No maximum. A softmax takes each row's largest score away first, so that no exponential overflows; to find it, and to
-shrink what was summed before whenever it grows, takes as long as the exponentials. But no score is larger than the
-length of its query times that of the longest key (Cauchy-Schwarz), and both are known when they are rounded. Where that
-bound is small, 2**score is itself far inside float32 at both ends. Heads with a larger bound go the usual way.
+shrink what was summed before whenever it grows, is an eighth of the time (31.3 ms a call in place of 27.2). But no
+score is larger than the length of its query times that of the longest key (Cauchy-Schwarz), and both are known when
+they are rounded. Where that bound is small, 2**score is itself far inside float32 at both ends. Heads with a larger
+bound go the usual way.
 
 Error. Uniform steps: 1.2 % of the result on normal numbers, where the 8-bit layers around it err by 3.7 %, and e4m3 for
 queries, keys and values by 6 to 11. It rounds, so it is chosen by name only.
@@ -23,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634  # scores are powers of two in here
-LIMIT = 127.0  # of int8, the same on both sides
-SMALLEST_LARGEST = 1e-12  # a row of zeros stays zero
+from engine.linear8 import KINDS, SMALLEST_AMAX
+
+INT8 = KINDS["int8"]
 KEY_TILE = 80  # keys that share a scale: what a block of engine.attention8_hopper takes at a time
 # Largest score, as a power of two, that is used as it is: the sum of 2**20 weights of 2**60 with values of 2**40 is
 # in float32, and so is one weight of 2**-60.
@@ -73,13 +75,18 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the 
     return query.new_empty(query.shape)
 
 
+def score_factor(width: int) -> float:
+    """What a softmax over heads of this width multiplies its products with, to be a power of two."""
+    return math.log2(math.e) / math.sqrt(width)
+
+
 def round_queries(query: Tensor) -> Rounded8:
     """(n, heads, d) -> a scale for each row, in which the softmax's own factor is: scores become powers of two."""
     x = query.float()
-    largest = x.abs().amax(dim=2).clamp_min(SMALLEST_LARGEST)
-    scales = _or_nan(largest * (LOG2_E / math.sqrt(query.shape[2]) / LIMIT), x.sum(dim=2))
-    values = (x * (LIMIT / largest)[..., None]).round()
-    return Rounded8(values.to(torch.int8), scales.t().contiguous(), (values.norm(dim=2) * scales).amax(dim=0))
+    largest = x.abs().amax(dim=2).clamp_min(SMALLEST_AMAX)
+    scales = _or_nan(largest * (score_factor(query.shape[2]) / INT8.limit), x.sum(dim=2))
+    values = (x * (INT8.limit / largest)[..., None]).round()
+    return Rounded8(values.to(INT8.dtype), scales.t().contiguous(), (values.norm(dim=2) * scales).amax(dim=0))
 
 
 def round_keys(key: Tensor) -> Rounded8:
@@ -88,10 +95,10 @@ def round_keys(key: Tensor) -> Rounded8:
     x = x - x.mean(dim=0)
     values, scales, longest = [], [], []
     for tile in x.split(KEY_TILE):
-        largest = tile.abs().amax(dim=(0, 2)).clamp_min(SMALLEST_LARGEST)
-        scale = _or_nan(largest / LIMIT, tile.sum(dim=(0, 2)))
-        whole = (tile * (LIMIT / largest)[None, :, None]).round()
-        values.append(whole.to(torch.int8))
+        largest = tile.abs().amax(dim=(0, 2)).clamp_min(SMALLEST_AMAX)
+        scale = _or_nan(largest / INT8.limit, tile.sum(dim=(0, 2)))
+        whole = (tile * (INT8.limit / largest)[None, :, None]).round()
+        values.append(whole.to(INT8.dtype))
         scales.append(scale)
         longest.append((whole.norm(dim=2) * scale).amax(dim=0))
     return Rounded8(torch.cat(values), torch.stack(scales, dim=1), torch.stack(longest).amax(dim=0))

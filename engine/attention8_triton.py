@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.attention8 import KEY_TILE, LIMIT, LOG2_E, SMALLEST_LARGEST, Rounded8
+from engine.attention8 import INT8, KEY_TILE, Rounded8, score_factor
+from engine.linear8 import SMALLEST_AMAX
 
 QUERY_TILE = 64  # rows a program: 64 numbers a thread
 # Added and taken away again, 1.5 * 2**23 makes a float32 whole, of two equally near numbers the even one.
@@ -73,11 +74,11 @@ def round_queries(query: Tensor) -> Rounded8:
     """As engine.attention8.round_queries; `query` is contiguous."""
     rows, heads, width = query.shape
     tiles = triton.cdiv(rows, QUERY_TILE)
-    values = torch.empty_like(query, dtype=torch.int8)
+    values = torch.empty_like(query, dtype=INT8.dtype)
     scales = query.new_empty((heads, rows), dtype=torch.float32)
     longest = query.new_empty((heads, tiles), dtype=torch.float32)
     _round_queries_kernel[tiles, heads](
-        query, values, scales, longest, rows, heads, width, QUERY_TILE, LOG2_E / width**0.5, SMALLEST_LARGEST, LIMIT
+        query, values, scales, longest, rows, heads, width, QUERY_TILE, score_factor(width), SMALLEST_AMAX, INT8.limit
     )
     return Rounded8(values, scales, longest.amax(dim=1))
 
@@ -86,11 +87,11 @@ def round_keys(key: Tensor) -> Rounded8:
     """As engine.attention8.round_keys; `key` is contiguous."""
     rows, heads, width = key.shape
     tiles = triton.cdiv(rows, KEY_TILE)
-    values = torch.empty_like(key, dtype=torch.int8)
+    values = torch.empty_like(key, dtype=INT8.dtype)
     scales, longest = (key.new_empty((heads, tiles), dtype=torch.float32) for _ in range(2))
     means = key.mean(dim=0, dtype=torch.float32)
     _round_keys_kernel[tiles, heads](
         key, means, values, scales, longest, rows, heads, width, KEY_TILE, triton.next_power_of_2(KEY_TILE),
-        SMALLEST_LARGEST, LIMIT,
+        SMALLEST_AMAX, INT8.limit,
     )  # fmt: skip
     return Rounded8(values, scales, longest.amax(dim=1))

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import attention8
 from engine.attention import deviation
-from engine.attention8 import KEY_TILE, WIDTH, attend8, problem, round_keys, round_queries
+from engine.attention8 import KEY_TILE, WIDTH, attend8, problem, round_keys, round_queries, score_factor
 
 
 def draw(queries=100, keys=330, heads=2, spread=1.0, seed=0):
@@ -67,10 +67,9 @@ def test_no_score_is_larger_than_its_bound(spread, queries, keys, seed):
 @given(spread=st.floats(1e-4, 1e3), seed=st.integers(0, 99))
 def test_rounded_rows_are_the_rows_within_half_a_step(spread, seed):
     query, key, _ = draw(3, KEY_TILE + 1, spread=spread, seed=seed)
-    factor = attention8.LOG2_E / math.sqrt(WIDTH)
     q, k = round_queries(query[0]), round_keys(key[0])
     assert q.values.abs().amax() == k.values.abs().amax() == 127
-    steps = (q.scales / factor).t()[..., None]
+    steps = (q.scales / score_factor(WIDTH)).t()[..., None]
     assert ((q.values * steps - query[0].float()).abs() <= 0.501 * steps).all()
     steps = k.scales.repeat_interleave(KEY_TILE, dim=1)[:, : KEY_TILE + 1].t()[..., None]
     centred = key[0].float() - key[0].float().mean(dim=0)
