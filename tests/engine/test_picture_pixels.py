@@ -122,3 +122,9 @@ def test_decode_picture_takes_the_first_frame_of_an_animation():
     for form in ("PNG", "WEBP"):
         data = save(QUARTERS, form, save_all=True, append_images=[QUARTERS.rotate(180)], lossless=True)
         assert np.abs(np.asarray(decode_picture(data)).astype(int) - np.asarray(QUARTERS).astype(int)).max() == 0, form
+
+
+@pytest.mark.parametrize("height", [16, 63, 64, 65, 128, 200])
+def test_decode_picture_gives_every_row_once_and_in_its_place(height):
+    drawn = np.random.default_rng(height).integers(0, 256, (height, 20, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(decode_picture(save(Image.fromarray(drawn), "PNG"))), drawn)
