@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import speed
+from engine import attention, speed
 from engine.attention import WanProcessor
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
@@ -77,3 +77,17 @@ def test_kernels_are_kept_beside_the_graphs_only_where_a_folder_is_set(tmp_path,
     for folder in (None, tmp_path):
         accelerate([make_wan(0)], "cpu", Levers(None, True, folder))
     assert kept == [tmp_path]
+
+
+def test_kernels_are_chosen_for_the_models_heads_and_both_are_installed(monkeypatch):
+    asked = []
+
+    def choose(device, wanted, width):
+        asked.append((device, wanted, width))
+        return attention.Choice("native", ("said",), "flash4")
+
+    monkeypatch.setattr(attention, "choose", choose)
+    model = make_wan(0)
+    assert accelerate([model], "cpu", Levers("attention8")).notes == ("said",)
+    assert asked == [("cpu", "attention8", attention.head_width(model))]
+    assert {(one.kernel, one.few) for one in model.attn_processors.values()} == {("native", "flash4")}
