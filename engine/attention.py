@@ -36,9 +36,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query (b, n, heads, d), key and value (b, m, heads, d) -> (b, n, heads, d)."""
 
 TEXT_TOKENS = 512  # of UMT5 in Wan; image tokens stand before them (WanAttnProcessor in transformer_wan.py)
+HEAD_WIDTH = 128  # the 14B models' own
 # Self-attention small and with the real heads, and cross-attention to the text: (tokens, keys, heads, d). One head
 # size, the models' own: flash-attn-4 is compiled for each that it meets, 1.6 s apiece.
-HEAD_WIDTH = 128
 SHAPES = ((64, 64, 2, HEAD_WIDTH), (1024, 1024, 40, HEAD_WIDTH), (1024, TEXT_TOKENS, 40, HEAD_WIDTH))
 
 

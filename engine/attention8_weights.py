@@ -71,7 +71,7 @@ def own_row(thread: Any) -> Any:
     return thread // 32 * 16 + thread % 32 // 4
 
 
-def _own_columns(place: int) -> Any:
+def _own_column(place: int) -> Any:
     """The column of a thread's number at this place of one of its rows."""
     return cute.arch.thread_idx()[0] % 4 * 2 + place % 2 + place // 2 * 8
 
@@ -103,7 +103,7 @@ def leave_out_keys(scores: Any, count: Any) -> None:
     """Of a tile with fewer keys, what is behind them weighs nothing."""
     for r in range(OWN_ROWS):
         for c in range(cute.size(scores, mode=[1])):
-            scores[r, c] = cutlass.select_(_own_columns(c) < count, scores[r, c], -Float32.inf)
+            scores[r, c] = cutlass.select_(_own_column(c) < count, scores[r, c], -Float32.inf)
 
 
 def keep_weights(scores: Any, weights: Any) -> None:
