@@ -62,6 +62,7 @@ class Decoded(NamedTuple):
     """Frames of one size."""
 
     pixels: Iterable[bytes]
+    """All frames' bytes, in pieces of any length."""
     frames: int
     height: int
     width: int
