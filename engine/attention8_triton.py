@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.attention8 import INT8, KEY_TILE, Rounded8, score_factor
+from engine.attention8 import INT8, Rounded8
+from engine.attention_reach import KEY_TILE, score_factor
 from engine.linear8 import SMALLEST_AMAX
 
 QUERY_TILE = 64  # rows a program: 64 numbers a thread

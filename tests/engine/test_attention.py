@@ -96,7 +96,7 @@ def test_choose_says_why_a_wanted_kernel_is_not_used():
 
 
 def test_choose_refuses_an_unknown_name():
-    with pytest.raises(SettingsError, match="'flash', not one of flash4_wide, flash4, cudnn"):
+    with pytest.raises(SettingsError, match="'flash', not one of attention16, flash4_wide, flash4"):
         choose("cpu", "flash")
 
 
@@ -117,17 +117,17 @@ def right_kernels():
 
 def test_choose_takes_the_fastest_that_passes(hopper):
     right = right_kernels()
-    assert choose("cuda", kernels=right) == attention.Choice("flash4_wide")
+    assert choose("cuda", kernels=right) == attention.Choice("attention16")
     assert choose("cuda", "cudnn", kernels=right) == attention.Choice("cudnn")
 
 
 @pytest.mark.parametrize("name", ["attention8", "sage"])
 def test_kernel_that_rounds_leaves_few_keys_to_the_fastest_exact_one(hopper, name):
     right = right_kernels()
-    assert choose("cuda", name, kernels=right) == attention.Choice(name, (), "flash4_wide")
-    wrong = replace(right["flash4_wide"], attend=lambda q, k, v: -KERNELS["native"].attend(q, k, v))
-    chosen = choose("cuda", name, kernels={**right, "flash4_wide": wrong})
-    assert (chosen.name, chosen.few, len(chosen.notes)) == (name, "flash4", 1)
+    assert choose("cuda", name, kernels=right) == attention.Choice(name, (), "attention16")
+    wrong = replace(right["attention16"], attend=lambda q, k, v: -KERNELS["native"].attend(q, k, v))
+    chosen = choose("cuda", name, kernels={**right, "attention16": wrong})
+    assert (chosen.name, chosen.few, len(chosen.notes)) == (name, "flash4_wide", 1)
 
 
 def test_kernel_that_rounds_comes_into_self_attention_alone():
@@ -150,17 +150,20 @@ def test_kernel_that_rounds_comes_into_self_attention_alone():
 def test_what_a_kernel_alone_is_tested_for_can_refuse_it(hopper):
     right = right_kernels()
     seen = []
-    refused = replace(right["flash4_wide"], problem=lambda device: seen.append(device) or "it hides a NaN")
-    chosen = choose("cuda", kernels={**right, "flash4_wide": refused})
-    assert (chosen.name, seen) == ("flash4", ["cuda"])
-    assert chosen.notes == ("attention kernel flash4_wide is not used: it hides a NaN",)
+    refused = replace(right["attention16"], problem=lambda device: seen.append(device) or "it hides a NaN")
+    chosen = choose("cuda", kernels={**right, "attention16": refused})
+    assert (chosen.name, seen) == ("flash4_wide", ["cuda"])
+    assert chosen.notes == ("attention kernel attention16 is not used: it hides a NaN",)
 
 
 def test_kernel_for_heads_of_one_width_is_not_used_for_others(hopper):
     right = right_kernels()
     chosen = choose("cuda", "attention8", kernels=right, width=16)
     assert (chosen.name, chosen.few) == ("flash4_wide", "")
-    assert chosen.notes == ("attention kernel attention8 is not used: it takes heads of 128 numbers, not 16",)
+    assert chosen.notes == tuple(
+        f"attention kernel {name} is not used: it takes heads of 128 numbers, not 16"
+        for name in ("attention8", "attention16")
+    )
     assert choose("cuda", "attention8", kernels=right, width=128).name == "attention8"
     assert attention.head_width(make_wan21()) == 16
 
@@ -171,13 +174,13 @@ def test_benchmarks_take_no_kernel_that_rounds_as_a_ceiling():
 
 def test_choose_skips_a_kernel_whose_result_is_off(hopper):
     right = right_kernels()
-    wrong = replace(right["flash4_wide"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
-    chosen = choose("cuda", kernels={**right, "flash4_wide": wrong})
-    assert chosen.name == "flash4"
-    assert chosen.notes == ("attention kernel flash4_wide is not used: its result is off (relative error 0.100)",)
+    wrong = replace(right["attention16"], attend=lambda q, k, v: KERNELS["native"].attend(q, k, v) * 1.1)
+    chosen = choose("cuda", kernels={**right, "attention16": wrong})
+    assert chosen.name == "flash4_wide"
+    assert chosen.notes == ("attention kernel attention16 is not used: its result is off (relative error 0.100)",)
 
 
-EVERY = ["flash4_wide", "flash4", "cudnn", "flash2", "attention8", "sage", "xformers", "native"]
+EVERY = ["attention16", "flash4_wide", "flash4", "cudnn", "flash2", "attention8", "sage", "xformers", "native"]
 
 
 def test_every_named_kernel_is_in_the_table():
@@ -195,7 +198,7 @@ def test_each_kernel_that_is_wrong_is_skipped_and_said(hopper, name):
 
     right = right_kernels()
     chosen = choose("cuda", name, kernels={**right, name: replace(right[name], attend=black_row)})
-    assert chosen.name == ("flash4" if name == "flash4_wide" else "flash4_wide")
+    assert chosen.name == ("flash4_wide" if name == "attention16" else "attention16")
     assert chosen.notes == (f"attention kernel {name} is not used: its result is off (relative error inf)",)
     assert (choose("cuda", name, kernels=right).name, choose("cuda", name, kernels=right).notes) == (name, ())
 
@@ -213,7 +216,7 @@ def test_no_kernel_is_tested_after_one_that_passes(hopper):
 
     watched = {name: replace(kernel, attend=remembering(name, name == "cudnn")) for name, kernel in KERNELS.items()}
     assert choose("cuda", kernels=watched).name == "cudnn"
-    assert tried == ["flash4_wide", "flash4", "cudnn"]
+    assert tried == ["attention16", "flash4_wide", "flash4", "cudnn"]
 
 
 def test_self_test_meets_one_head_size_that_is_the_models_own():
@@ -222,10 +225,10 @@ def test_self_test_meets_one_head_size_that_is_the_models_own():
 
 def test_choose_skips_packages_that_are_missing(hopper, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    chosen = choose("cuda")  # cuDNN needs a card
+    chosen = choose("cuda")  # attention16, which needs none for the common test, and cuDNN want a card
     assert chosen.name == "native"
     assert [note.split("(")[1].split(":")[0] for note in chosen.notes] == [
-        "ModuleNotFoundError", "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",
+        "RuntimeError", "ModuleNotFoundError", "ModuleNotFoundError", "RuntimeError", "ModuleNotFoundError",
     ]  # fmt: skip
 
 

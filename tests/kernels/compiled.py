@@ -6,7 +6,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine import attention8_triton, passes_triton, rounding_triton, text_attention_triton, widening_triton
+from engine import (
+    attention8_triton,
+    attention16_triton,
+    passes_triton,
+    rounding_triton,
+    text_attention_triton,
+    widening_triton,
+)
 
 AMPERE, ADA, HOPPER = 80, 89, 90
 PIXELS = {"channels": 96, "block": 128, "tile": 16}
@@ -44,6 +51,8 @@ ATTENTION8: list[tuple[Any, dict[str, Any]]] = [
 ATTENTION8_TYPES = {
     "values_at": "*i8", "scales_at": "*fp32", "longest_at": "*fp32", "means_at": "*fp32", "rows": "i32", "heads": "i32",
 }  # fmt: skip
+LENGTHS = {"width": 128, "tile": attention16_triton.TILE}
+LENGTHS_TYPES = {"longest_at": "*fp32", "sums_at": "*fp32", "rows": "i32", "heads": "i32"}
 WIDENING = {"width": 5120, "block": 8192}
 NUMBERS = {"frames": "i32", "pixels": "i32", "width": "i32"}
 FP32 = ("gate_at", "weight_at", "bias_at", "scales_at", "cos_at", "sin_at")
@@ -75,3 +84,4 @@ if __name__ == "__main__":
 
     for kernel, constants in ATTENTION8:
         compile_for(HOPPER, kernel, constants, ATTENTION8_TYPES)
+    compile_for(HOPPER, attention16_triton._lengths_kernel, LENGTHS, LENGTHS_TYPES)

@@ -1,6 +1,6 @@
-"""Compile attention8's kernel for a Hopper, here, where there is none, and say what became of it: a line of JSON.
+"""Compile an attention kernel for a Hopper, here, where there is none, and say what became of it: a line of JSON.
 
-    CUTE_DSL_ARCH=sm_90a CUTE_DSL_KEEP=cubin CUTE_DSL_DUMP_DIR=FOLDER python -m tests.kernels.compiled_hopper
+    CUTE_DSL_ARCH=sm_90a CUTE_DSL_KEEP=cubin CUTE_DSL_DUMP_DIR=FOLDER python -m tests.kernels.compiled_hopper attention8
 
 A process of its own: it ends without Python's last steps, which CuTe does not survive where there is no driver.
 """
@@ -15,11 +15,15 @@ from pathlib import Path
 
 import triton
 
-from engine.attention8_hopper import compile_for_any_size
+from engine.attention8_hopper import Attention8
+from engine.attention16_hopper import Attention16
+from engine.attention_hopper import compile_for_any_size
+
+KERNELS = {"attention8": Attention8, "attention16": Attention16}
 
 
 def main() -> None:
-    compile_for_any_size()
+    compile_for_any_size(KERNELS[sys.argv[1]])
     (binary,) = Path(os.environ["CUTE_DSL_DUMP_DIR"]).glob("*.cubin")
     instructions = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+(?:\.\w+)?)", _told(binary, "-sass"))
     print(json.dumps({"resources": _told(binary, "-res-usage"), "instructions": Counter(instructions)}))  # noqa: T201

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import attention8, attention8_triton
-from engine.attention8 import KEY_TILE
+from engine.attention_reach import KEY_TILE
 
 SIZES = [(1, 1), (attention8_triton.QUERY_TILE, 2), (KEY_TILE, 3), (KEY_TILE + 1, 1), (2 * KEY_TILE + 7, 2)]
 

@@ -1,4 +1,4 @@
-"""The kernel of attention8 as it is compiled for a Hopper: what its products are, and that nothing waits in between."""
+"""Our attention kernels as they are compiled for a Hopper: what they multiply, and that nothing waits in between."""
 
 import json
 import os
@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import triton
 
-from engine.attention8 import KEY_TILE, WIDTH
+from engine.attention_reach import KEY_TILE, WIDTH
 from engine.settings import ROOT
 
 WAYS = 2  # without and with a look for the maximum
-PLACES = (
-    2  # where scores are made: the first tile, and the loop; where they are weighed in: the loop, and the last tile
-)
+# Where scores are made: the first tile, and the loop; where they are weighed in: the loop, and the last tile.
+PLACES = 2
+SEEN = WAYS * PLACES * KEY_TILE // 16  # products of weights and values, bf16 and 16 deep
+# int8 products are 32 deep.
+PRODUCTS = {"attention8": (WAYS * PLACES * WIDTH // 32, SEEN), "attention16": (0, WAYS * PLACES * WIDTH // 16 + SEEN)}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=list(PRODUCTS))
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cute = Path(triton.__file__).parents[1] / "nvidia_cutlass_dsl" / "dsl_packages"  # beside Triton, as `make` puts it
     wanted = {
@@ -30,20 +32,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "CUTE_DSL_DUMP_DIR": str(tmp_path_factory.mktemp("compiled")),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled_hopper"],
+        [sys.executable, "-m", "tests.kernels.compiled_hopper", request.param],
         cwd=ROOT, env=environment | wanted, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    return {"name": request.param, **json.loads(done.stdout)}
 
 
 def of_kind(compiled: dict[str, Any], start: str) -> int:
     return sum(count for name, count in compiled["instructions"].items() if name.startswith(start))
 
 
-def test_scores_are_int8_products_and_what_is_seen_bf16_ones(compiled: dict[str, Any]) -> None:
-    assert of_kind(compiled, "IGMMA") == WAYS * PLACES * WIDTH // 32
-    assert of_kind(compiled, "HGMMA") == WAYS * PLACES * KEY_TILE // 16
+def test_products_are_of_the_kind_that_the_kernel_is_named_after(compiled: dict[str, Any]) -> None:
+    assert (of_kind(compiled, "IGMMA"), of_kind(compiled, "HGMMA")) == PRODUCTS[compiled["name"]]
 
 
 def test_no_number_leaves_the_registers(compiled: dict[str, Any]) -> None:

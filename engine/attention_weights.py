@@ -1,4 +1,4 @@
-"""From scores to weights, in the registers of the kernel of engine.attention8_hopper.
+"""From scores to weights, in the registers of the kernel of engine.attention_hopper.
 
 A product leaves a thread with numbers of two rows: of each eight columns two. The others of its rows are those of its
 three neighbours, so the largest of a row and a row's sum are found by four.
@@ -17,25 +17,24 @@ LOWEST = -1e30
 
 
 class Bounded:
-    """Weights of scores that need no maximum: 2**score."""
+    """Weights of scores that need no maximum: 2**(score - what is taken from all of the head)."""
 
-    def __init__(self, scales: Any) -> None:
-        self._scales = scales
+    def __init__(self, scales: Any, shift: Any) -> None:
+        self._scales, self._shift = scales, shift
         self.totals = row_numbers(0.0)
 
-    def weigh(self, scores: Any, key_scale: Any) -> None:
-        """Sums of whole numbers become weights in their place; adds up each row's."""
+    def weigh(self, scores: Any, tile_scale: Any) -> None:
+        """Sums of products become weights in their place; adds up each row's."""
         for r in range(OWN_ROWS):
-            self._add(scores, r, self._scales[r] * key_scale, None)
+            self._add(scores, r, self._scales[r] * tile_scale, self._shift)
 
     def shrink(self, seen: Any) -> None:
         """What was summed before stays as it is."""
 
-    def _add(self, scores: Any, r: int, factor: Any, largest: Any | None) -> None:
+    def _add(self, scores: Any, r: int, factor: Any, taken: Any) -> None:
         total = self.totals[r]
         for c in range(cute.size(scores, mode=[1])):
-            score = scores[r, c] * factor
-            weight = cute.math.exp2(score if largest is None else score - largest, fastmath=True)
+            weight = cute.math.exp2(scores[r, c] * factor - taken, fastmath=True)
             scores[r, c] = weight
             total = total + weight
         self.totals[r] = total
@@ -44,14 +43,14 @@ class Bounded:
 class Running(Bounded):
     """Weights of any scores: 2**(score - the largest of its row so far)."""
 
-    def __init__(self, scales: Any) -> None:
-        super().__init__(scales)
+    def __init__(self, scales: Any, shift: Any) -> None:
+        super().__init__(scales, shift)
         self._largest = row_numbers(LOWEST)
         self._factors = row_numbers(1.0)
 
-    def weigh(self, scores: Any, key_scale: Any) -> None:
+    def weigh(self, scores: Any, tile_scale: Any) -> None:
         for r in range(OWN_ROWS):
-            factor = self._scales[r] * key_scale
+            factor = self._scales[r] * tile_scale
             largest = scores[r, 0]
             for c in range(1, cute.size(scores, mode=[1])):
                 largest = cute.arch.fmax(largest, scores[r, c])
@@ -89,14 +88,6 @@ def by_row(x: Any) -> Any:
     (pair_step, row_step, eighth_step), m_step, n_step = x.layout.stride
     shape, step = ((rows, m), (pair, eighths, n)), ((row_step, m_step), (pair_step, eighth_step, n_step))
     return cute.make_tensor(x.iterator, cute.make_layout(shape, stride=step))
-
-
-def read_sums(sums: Any, scores: Any) -> None:
-    """Whole numbers as float32, which the next product may not touch while they become weights."""
-    rows = by_row(sums)
-    for r in range(OWN_ROWS):
-        for c in range(cute.size(scores, mode=[1])):
-            scores[r, c] = Float32(rows[r, c])
 
 
 def leave_out_keys(scores: Any, count: Any) -> None:
