@@ -34,7 +34,7 @@ class Artefacts:
     @property
     def path(self) -> Path:
         """One file for this size and variant on this card with these versions."""
-        parts = [self.variant, self.size, _card(), *(f"{name} {_version(name)}" for name in PACKAGES)]
+        parts = [self.variant, self.size, card_name(), *(f"{name} {version_of(name)}" for name in PACKAGES)]
         return self.folder / f"compiled-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.bin"
 
     def load(self) -> bool:
@@ -59,14 +59,15 @@ class Artefacts:
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, saved[0])
+            replace_file(self.path, saved[0])
         except OSError as error:
             log.warning("compiled kernels could not be kept (%s)", type(error).__name__)
             return False
         return True
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` there at once: a reader finds what was there before, or all of it."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix="compiled-", suffix=".part", delete=False) as file:
         try:
             file.write(content)
@@ -77,14 +78,16 @@ def _replace(path: Path, content: bytes) -> None:
             raise
 
 
-def _card() -> str:
+def card_name() -> str:
+    """What kernels were compiled for."""
     if not torch.cuda.is_available():
         return "cpu"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} {major}.{minor} CUDA {torch.version.cuda}"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package; "none" where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine import attention_check
 from engine.attention_reach import WIDTH, Reach, reach, score_factor
+from engine.hopper_kernels import hopper_kernel
 
 
 @torch.library.custom_op("svi_worker::attend16", mutates_args=())
@@ -37,9 +38,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Without the dimension of batches."""
     if query.device.type == "cpu":
         return in_float32(query, key, value).to(query.dtype)
-    from engine import attention16_hopper, attention16_triton
+    from engine import attention16_triton
 
-    return attention16_hopper.attend(query, key, value, attention16_triton.reach_of(query, key))
+    out, reached = torch.empty_like(query), attention16_triton.reach_of(query, key)
+    hopper_kernel("attention16")(query, key, value, out, reached.span, reached.shift)
+    return out
 
 
 def reach_of(query: Tensor, key: Tensor) -> Reach:

@@ -2,27 +2,19 @@
 
 from typing import Any
 
-import torch
 from cutlass import BFloat16, Float32, cute
-from torch import Tensor
 
-from engine.attention_hopper import HopperAttention, compiled
-from engine.attention_reach import WIDTH, Reach, score_factor
+from engine.attention_hopper import HopperAttention
+from engine.attention_reach import WIDTH, score_factor
 from engine.attention_weights import OWN_ROWS, by_row
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, reached: Reach) -> Tensor:
-    """`query` (n, heads, 128), `key` and `value` (m, heads, 128), bf16 -> (n, heads, 128) bf16."""
-    out = torch.empty_like(query)
-    compiled(Attention16)(query, key, value, out, reached.span, reached.shift)
-    return out
-
-
 class Attention16(HopperAttention):
+    """Given bf16 queries, keys and values, room for the result, and a Reach."""
+
     score_kind, sum_kind = BFloat16, Float32
 
-    @staticmethod
-    def numbers(queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:  # noqa: ARG004 the base's own
+    def numbers(self, queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:  # noqa: ARG002 the base's own
         return (heads,), (heads,)
 
     @cute.jit

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine import attention_check
 from engine.attention_reach import KEY_TILE, WIDTH, Reach, reach, score_factor
+from engine.hopper_kernels import hopper_kernel
 from engine.linear8 import KINDS, SMALLEST_AMAX
 
 INT8 = KINDS["int8"]
@@ -57,10 +58,12 @@ def attend8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x[0].contiguous() for x in (query, key, value))
     if query.device.type == "cpu":
         return _reference(query, key, value).to(query.dtype)[None]
-    from engine import attention8_hopper, attention8_triton
+    from engine import attention8_triton
 
-    rounded = attention8_triton.round_queries(query), attention8_triton.round_keys(key)
-    return attention8_hopper.attend(*rounded, value)[None]
+    q, k, out = attention8_triton.round_queries(query), attention8_triton.round_keys(key), torch.empty_like(query)
+    reached = reach_of(q, k)
+    hopper_kernel("attention8")(q.values, k.values, value, out, q.scales, k.scales, reached.span, reached.shift)
+    return out[None]
 
 
 @attend8.register_fake

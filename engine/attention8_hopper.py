@@ -2,30 +2,19 @@
 
 from typing import Any
 
-import torch
 from cutlass import Float32, Int8, Int32, cute
 from cutlass import min as smaller
-from torch import Tensor
 
-from engine.attention8 import Rounded8, reach_of
-from engine.attention_hopper import HopperAttention, compiled
+from engine.attention_hopper import HopperAttention
 from engine.attention_weights import OWN_ROWS, by_row, row_numbers
 
 
-def attend(query: Rounded8, key: Rounded8, value: Tensor) -> Tensor:
-    """`value` (m, heads, 128) bf16 -> (n, heads, 128) bf16."""
-    out = torch.empty_like(query.values, dtype=torch.bfloat16)
-    reached = reach_of(query, key)
-    numbers = query.scales, key.scales, reached.span, reached.shift
-    compiled(Attention8)(query.values, key.values, value, out, *numbers)
-    return out
-
-
 class Attention8(HopperAttention):
+    """Given whole numbers, the values, room for the result, and of the rest float32: see `numbers`."""
+
     score_kind, sum_kind = Int8, Int32
 
-    @staticmethod
-    def numbers(queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
+    def numbers(self, queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
         return (heads, queries), (heads, tiles), (heads,), (heads,)
 
     @cute.jit

@@ -18,10 +18,6 @@ the bits of 1.5 * 2**23 so that no score need be converted.
 Shapes inside: queries and keys first, then the width of a head, then heads. Imported on a card, when it is asked for.
 """
 
-import hashlib
-import sys
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import cutlass
@@ -31,7 +27,6 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
-from engine import attention_weights
 from engine.attention_reach import KEY_TILE, MOST_SPAN, WIDTH
 from engine.attention_weights import (
     OWN_ROWS,
@@ -61,8 +56,7 @@ class HopperAttention:
     sum_kind: Any
     """Of a sum of their products."""
 
-    @staticmethod
-    def numbers(queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
+    def numbers(self, queries: Any, tiles: Any, heads: Any) -> tuple[tuple[Any, ...], ...]:
         """The shapes of what the kernel is given beside the tensors, float32; the last two are those of a Reach."""
         raise NotImplementedError
 
@@ -81,6 +75,25 @@ class HopperAttention:
     def read(self, sums: Any, scores: Any) -> None:
         """Sums to where they become scores, before the next product begins."""
         raise NotImplementedError
+
+    def compiled(self) -> Any:
+        """See engine.hopper_kernels."""
+        queries, keys, heads, tiles = (cute.sym_int() for _ in range(4))
+
+        def tensor(kind: Any, *shape: Any) -> Any:
+            order = tuple(reversed(range(len(shape))))
+            return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=16)
+
+        return cute.compile(
+            self,
+            tensor(self.score_kind, queries, heads, WIDTH),
+            tensor(self.score_kind, keys, heads, WIDTH),
+            tensor(BFloat16, keys, heads, WIDTH),
+            tensor(BFloat16, queries, heads, WIDTH),
+            *(tensor(Float32, *shape) for shape in self.numbers(queries, tiles, heads)),
+            cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+            options="--enable-tvm-ffi",
+        )
 
     @cute.jit
     def launch(
@@ -286,39 +299,6 @@ class HopperAttention:
             cute.copy(mover, here, to)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-
-@cache
-def compiled(kernel: type[HopperAttention]) -> Any:
-    """Kept where flash-attn-4 keeps its own kernels, if it does (engine.settings.keep_kernels)."""
-    from flash_attn.cute.cache_utils import get_jit_cache
-
-    kept = get_jit_cache("svi_worker_attention")
-    files = (str(sys.modules[kernel.__module__].__file__), __file__, attention_weights.__file__)
-    source = (*(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files), KEY_TILE, MOST_SPAN)
-    if source not in kept:
-        kept[source] = compile_for_any_size(kernel)
-    return kept[source]
-
-
-def compile_for_any_size(kernel: type[HopperAttention]) -> Any:
-    """The kernel for any number of queries, keys and heads; needs no card where CUTE_DSL_ARCH names one. 3 to 5 s."""
-    queries, keys, heads, tiles = (cute.sym_int() for _ in range(4))
-
-    def tensor(kind: Any, *shape: Any) -> Any:
-        order = tuple(reversed(range(len(shape))))
-        return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=16)
-
-    return cute.compile(
-        kernel(),
-        tensor(kernel.score_kind, queries, heads, WIDTH),
-        tensor(kernel.score_kind, keys, heads, WIDTH),
-        tensor(BFloat16, keys, heads, WIDTH),
-        tensor(BFloat16, queries, heads, WIDTH),
-        *(tensor(Float32, *shape) for shape in kernel.numbers(queries, tiles, heads)),
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
-        options="--enable-tvm-ffi",
-    )
 
 
 def _heads_last(x: Any) -> Any:

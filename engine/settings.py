@@ -241,11 +241,14 @@ class Settings:
             raise SettingsError(f"WORKER_PRECISION is {self.precision!r}, not bf16, fp8 or int8")
 
 
-def keep_kernels(folder: Path) -> None:
-    """Let Triton and flash-attn-4 keep in `folder` what they compile, for the next process, if it can be written.
+CUTE_DIR = "SVI_WORKER_CUTE_DIR"  # the variable behind cute_dir
 
-    Both listen to the environment alone, the latter when it is imported: call it before. Neither compiles anything
-    where it cannot write.
+
+def keep_kernels(folder: Path) -> None:
+    """Let Triton, flash-attn-4 and engine.hopper_kernels keep in `folder` what they compile, if it can be written.
+
+    The first two listen to the environment alone, flash-attn-4 when it is imported: call it before. Neither compiles
+    anything where it cannot write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,6 +259,13 @@ def keep_kernels(folder: Path) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / "flash4")
+    os.environ[CUTE_DIR] = str(folder / "cute")
+
+
+def cute_dir() -> Path | None:
+    """Where engine.hopper_kernels keeps what it compiles; None: nowhere."""
+    folder = os.environ.get(CUTE_DIR)
+    return None if folder is None else Path(folder)
 
 
 def _cast(variable: str, text: str, metadata: Mapping[str, Any]) -> Any:

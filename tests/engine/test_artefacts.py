@@ -39,7 +39,7 @@ def test_another_variant_or_size_is_another_file(other):
     assert other.path != FP8.path
 
 
-@pytest.mark.parametrize("what", ["_version", "_card"])
+@pytest.mark.parametrize("what", ["version_of", "card_name"])
 def test_another_version_or_card_is_another_file(what, monkeypatch):
     path = FP8.path
     monkeypatch.setattr(artefacts, what, lambda *_: "another")

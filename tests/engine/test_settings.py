@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.settings import MODES, ROOT, Secret, Settings, keep_kernels
+from engine.settings import CUTE_DIR, MODES, ROOT, Secret, Settings, keep_kernels
 from schemas.errors import SettingsError
 from schemas.input_schema import INPUT_SCHEMA
 
@@ -112,12 +112,14 @@ def test_bad_secret_is_not_echoed_in_another_variables_error() -> None:
 
 
 def test_kernels_are_kept_where_their_libraries_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"):
+    flash4 = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+    for name in ("TRITON_CACHE_DIR", CUTE_DIR, *flash4):
         monkeypatch.setenv(name, "elsewhere")
     keep_kernels(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/triton"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == f"{tmp_path}/flash4"
+    assert os.environ[CUTE_DIR] == f"{tmp_path}/cute"
 
 
 def test_kernels_are_left_where_they_are_if_the_folder_cannot_be_written(

@@ -15,15 +15,11 @@ from pathlib import Path
 
 import triton
 
-from engine.attention8_hopper import Attention8
-from engine.attention16_hopper import Attention16
-from engine.attention_hopper import compile_for_any_size
-
-KERNELS = {"attention8": Attention8, "attention16": Attention16}
+from engine.hopper_kernels import compile_kernel
 
 
 def main() -> None:
-    compile_for_any_size(KERNELS[sys.argv[1]])
+    compile_kernel(sys.argv[1])
     (binary,) = Path(os.environ["CUTE_DSL_DUMP_DIR"]).glob("*.cubin")
     instructions = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+(?:\.\w+)?)", _told(binary, "-sass"))
     print(json.dumps({"resources": _told(binary, "-res-usage"), "instructions": Counter(instructions)}))  # noqa: T201

@@ -1,0 +1,103 @@
+"""Compiled kernels kept for the next process, which then needs no CuTe; each process is one of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import triton
+
+from engine import hopper_kernels
+from engine.settings import CUTE_DIR, ROOT
+
+KEPT_AT = Path(triton.__file__).parents[1]  # by `make kernels`
+CUTE = KEPT_AT / "nvidia_cutlass_dsl" / "dsl_packages"
+# Called with what lies on no card, a kernel says what it wants. CuTe does not survive Python's last steps without one.
+ASK = """
+import logging, os, sys, torch
+logging.basicConfig()
+from engine.hopper_kernels import hopper_kernel
+x = torch.zeros(4, 2, 128, dtype=torch.bfloat16)
+try:
+    hopper_kernel("attention16")(x, x, x, x, torch.zeros(2), torch.zeros(2))
+except ValueError as error:
+    print(error)
+print("cutlass" in sys.modules, flush=True)
+os._exit(0)
+"""
+Ask = Callable[..., tuple[list[str], str]]
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Ask:
+    """Ask for the kernel in a new process, with or without CuTe; what it said, and to stderr."""
+
+    def in_process(*paths: Path, **environment: str) -> tuple[list[str], str]:
+        kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        path = {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, KEPT_AT, *paths]))}
+        wanted = {CUTE_DIR: str(tmp_path / "kept"), "CUTE_DSL_ARCH": "sm_90a"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ASK],
+            cwd=tmp_path, env=kept | path | wanted | environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.stdout.splitlines(), done.stderr
+
+    return in_process
+
+
+def test_next_process_has_the_kernel_without_cute(ask: Ask, tmp_path: Path) -> None:
+    compiled, _ = ask(CUTE)
+    assert compiled[-1] == "True"
+    (file,) = (tmp_path / "kept").iterdir()
+    loaded, said = ask()
+    assert loaded[-1] == "False"
+    assert "expected device_type=cuda" in loaded[0]
+    assert not said
+    file.write_bytes(file.read_bytes()[:5000])  # to load it would end the process
+    nothing, said = ask()
+    assert not nothing
+    assert "could not be read (ValueError)" in said
+    assert "No module named 'cutlass'" in said
+    assert ask(CUTE)[0][-1] == "True"
+    assert ask()[0] == loaded
+
+
+def test_library_that_does_not_load_is_as_good_as_none(ask: Ask, tmp_path: Path) -> None:
+    ask(CUTE)
+    (file,) = (tmp_path / "kept").iterdir()
+    stem, content = file.stem.rpartition("-")[0], b"no library"
+    file.unlink()
+    (tmp_path / "kept" / f"{stem}-{hopper_kernels._digest(content)}.so").write_bytes(content)
+    _, said = ask()
+    assert "could not be read (RuntimeError)" in said
+    assert ask(CUTE)[0][-1] == "True"
+
+
+def test_kernel_that_cannot_be_linked_is_not_kept_and_works(ask: Ask, tmp_path: Path) -> None:
+    compiled, said = ask(CUTE, PATH="")
+    assert "expected device_type=cuda" in compiled[0]
+    assert "could not be kept (FileNotFoundError)" in said
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("of", ["attention16_hopper", "attention_weights", "attention_reach"])
+def test_kernel_of_another_source_is_another_file(of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    for file in (ROOT / "engine").glob("attention*.py"):
+        (engine / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(hopper_kernels, "__file__", str(engine / "hopper_kernels.py"))
+    before = {name: hopper_kernels._stem(name) for name in hopper_kernels.KERNELS}
+    (engine / f"{of}.py").write_text("changed")
+    after = {name: hopper_kernels._stem(name) for name in hopper_kernels.KERNELS}
+    assert after["attention16"] != before["attention16"]
+    assert (after["attention8"] == before["attention8"]) is (of == "attention16_hopper")
+
+
+@pytest.mark.parametrize("of", ["version_of", "card_name"])
+def test_kernel_of_another_version_or_card_is_another_file(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hopper_kernels._stem("attention16")
+    monkeypatch.setattr(hopper_kernels, of, lambda *_: "another")
+    assert hopper_kernels._stem("attention16") != before
