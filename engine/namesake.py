@@ -7,19 +7,23 @@ afterwards `flash_attn.cute` is there for whoever asks for it by its full name.
 """
 
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+
+from engine.hidden import answer_for_unused, hidden
 
 NAME = "flash_attn"
 
 
 def import_diffusers() -> None:
-    """Import what looks for FlashAttention-2 in diffusers. Call it before anything else imports diffusers."""
+    """Import what looks for FlashAttention-2 in diffusers, and leave out what no job uses.
+
+    Call it before anything else imports diffusers.
+    """
     with namesake_hidden():
+        answer_for_unused()
         importlib.import_module("diffusers.models.attention_dispatch")
 
 
@@ -29,15 +33,8 @@ def namesake_hidden() -> Iterator[bool]:
     if not _is_namesake():
         yield False
         return
-    modules: dict[str, Any] = sys.modules
-    seen = modules.pop(NAME, None)
-    modules[NAME] = None  # the import system's own mark for "not there"
-    try:
+    with hidden(NAME):
         yield True
-    finally:
-        del modules[NAME]
-        if seen is not None:
-            modules[NAME] = seen
 
 
 def _is_namesake() -> bool:

@@ -7,6 +7,7 @@ recorded and replayed within a job, see engine.replay.
 
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
@@ -17,11 +18,11 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.schedulers import scheduling_lms_discrete
 from PIL import Image
 
 from engine.arrival import Arrival
@@ -39,9 +40,18 @@ from engine.tiled_decode import Tiling, decode_tiled
 from engine.weights import Parts
 from schemas.image_schema import ImageRequest
 
+
+class Klms(scheduling_lms_discrete.LMSDiscreteScheduler):
+    """Diffusers' own, which takes scipy when it integrates: told that there is none, its module has not."""
+
+    def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
+        scheduling_lms_discrete.integrate = import_module("scipy.integrate")
+        return super().get_lms_coefficient(order, t, current_order)
+
+
 SCHEDULERS = {
     "PNDM": PNDMScheduler,
-    "KLMS": LMSDiscreteScheduler,
+    "KLMS": Klms,
     "DDIM": DDIMScheduler,
     "K_EULER": EulerDiscreteScheduler,
     "K_EULER_ANCESTRAL": EulerAncestralDiscreteScheduler,
