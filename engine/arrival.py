@@ -219,8 +219,9 @@ class Arrival:
         self._streams.append(stream)
         if self._work.stream is not None:  # the targets' memory may still be read by work that its last owner gave
             self._work.stream.wait_stream(torch.cuda.current_stream(self._work.stream.device))
+        jobs = [(delivery, chunk) for chunk in chunks(stream, wanted, self._chunk_bytes)]  # while others may still take
         with self._work.changed:
-            self._work.queue.extend((delivery, chunk) for chunk in chunks(stream, wanted, self._chunk_bytes))
+            self._work.queue.extend(jobs)
         self._resume()
         return Coming(self, delivery)
 

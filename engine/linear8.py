@@ -88,12 +88,11 @@ class Linear8(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, kind: str) -> "Linear8":
         """Quantise a layer; one that is on the meta device gives an empty layer, to be filled from a file."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, kind, device="meta")
+        if linear.weight.is_meta:
+            return layer
         with torch.no_grad():
-            layer = cls(linear.in_features, linear.out_features, linear.bias is not None, kind, device="meta")
-            weight = linear.weight.detach()
-            if weight.is_meta:
-                return layer
-            layer.weight_q, layer.weight_scale = quantise(weight, kind)
+            layer.weight_q, layer.weight_scale = quantise(linear.weight.detach(), kind)
             if linear.bias is not None:
                 layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return layer
@@ -291,10 +290,16 @@ def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP,
         ValueError: the model carries live LoRA adapters. They belong into the weight before it is rounded.
     """
     names, kept = [], {}
-    # Names first, each layer when its turn comes: a list of layers would keep every wide weight until the end.
-    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+    # Of linear layers the names: each comes when it is its turn, for a list would keep every wide weight until the end.
+    linears, others = list[str](), dict[str, nn.Module]()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            linears.append(name)
+        else:
+            others[name] = module
+    for name in linears:
+        path, _, leaf = name.rpartition(".")
+        linear = getattr(others[path], leaf)
         if name.endswith(".base_layer") or ".lora_" in name:
             raise ValueError(f"{name} is a live LoRA adapter: merge adapters before quantising")
         reason = next((why for pattern, why in keep.items() if re.search(pattern, name)), None)
@@ -302,7 +307,8 @@ def replace_linears(model: nn.Module, kind: str, keep: Mapping[str, str] = KEEP,
             reason = f"a side that is no multiple of {SIDE_MULTIPLE}, which the kernels refuse"
         if reason is None:
             names.append(name)
-            model.set_submodule(name, Linear8.from_linear(linear if device is None else linear.to(device), kind))
+            rounded = Linear8.from_linear(linear if device is None else linear.to(device), kind)
+            setattr(others[path], leaf, rounded)
         else:
             kept[name] = reason
     return Replaced(tuple(names), kept)

@@ -33,6 +33,9 @@ class Field:
     dtype: torch.dtype
     offset: int
 
+    def empty(self, device: str) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
     def view(self, buffer: Tensor) -> Tensor:
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
         return buffer[self.offset : self.offset + size].view(self.dtype).as_strided(self.shape, self.strides)
@@ -62,11 +65,15 @@ def layout(model: nn.Module) -> tuple[Piece, ...]:
 def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
     fields, offset = [], 0
     for name, tensor in tensors:
-        strides = torch.empty_like(tensor, device="meta").stride()
-        fields.append(Field(name.removeprefix(prefix), tuple(tensor.shape), strides, tensor.dtype, offset))
+        fields.append(Field(name.removeprefix(prefix), tuple(tensor.shape), _strides(tensor), tensor.dtype, offset))
         size = tensor.numel() * tensor.element_size()
         offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return Piece(prefix, tuple(fields), offset)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Without gaps. Not of an empty tensor like it for all: that takes longer than the rest of a layout."""
+    return (tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")).stride()
 
 
 def point_at(model: nn.Module, piece: Piece, buffer: Tensor) -> None:

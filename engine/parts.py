@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from engine.eight_bits import to_eight_bits
 from engine.linear8 import KINDS
@@ -77,7 +79,8 @@ class FolderParts:
         if component.dtype is None or len(files) != 1 or not is_baked(folder):
             return None
         model = frame(component, empty_model(component, read_config(component, folder)))
-        tensors = model.state_dict()  # once: 1,495 of them take milliseconds to list, and asked for one by one, seconds
+        # Once: 1,495 of them take milliseconds to list, and asked for one by one, seconds. The model's own, to be cast.
+        tensors = model.state_dict(keep_vars=True)
         stream = (folder / files[0]).open("rb", buffering=0)
         try:
             places = read_offsets(stream)
@@ -88,7 +91,10 @@ class FolderParts:
         if stored is None:
             stream.close()
             return None
-        assign(model, component, {key: tensors[key].to(run_dtype(component, key, device)) for key in stored})
+        for key in stored:
+            if tensors[key].dtype != (dtype := run_dtype(component, key, device)):
+                tensors[key].data = tensors[key].data.to(dtype)
+        tie(model, component)
         return Skeleton(component, model, stream, stored)
 
 
@@ -110,11 +116,27 @@ def empty_model(component: Component, config: Any) -> Any:
 
     Nothing is drawn for parameters: without numbers it still takes as long as all the rest, or twice that.
     """
-    from accelerate import init_empty_weights
-
     cls = library_class(component)
-    with init_empty_weights(include_buffers=False), _nothing_drawn(component):
-        return cls.from_config(config) if component.library == "diffusers" else cls(config)
+    with _NoValues(), _nothing_drawn(component):
+        model = cls.from_config(config) if component.library == "diffusers" else cls(config)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:  # ones or zeros
+            _put(model, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    return model
+
+
+class _NoValues(TorchFunctionMode):
+    """Inside, what this thread would make with whatever values, or draw, is on the meta device.
+
+    Not what other threads make, as a change of `torch.empty` or `nn.Module` would: those that read weights make their
+    buffers meanwhile.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        return func(*args, **({**given, "device": "meta"} if func in (torch.empty, torch.randn) else given))
 
 
 def _nothing_drawn(component: Component) -> AbstractContextManager[None]:
@@ -137,7 +159,7 @@ def frame(component: Component, model: Any) -> Any:
 
 def stored_dtype(component: Component, name: str) -> torch.dtype:
     """The dtype in which the tensor `name` is baked."""
-    if any(part in name.split(".") for part in component.keep_fp32):
+    if not set(component.keep_fp32).isdisjoint(name.split(".")):
         return torch.float32
     if component.dtype is None:
         raise ValueError(f"{component.name} holds no tensors")
@@ -170,19 +192,45 @@ def is_baked(folder: Path) -> bool:
 
 
 def fill(model: Any, component: Component, state: Mapping[str, torch.Tensor], device: str) -> Any:
-    """Give an empty model its tensors, without a copy, and make it ready for inference on `device`; returns it."""
-    assign(model, component, state)
-    return model.to(device).requires_grad_(False).eval()  # `to` moves only the buffers that no file holds
+    """Give an empty model its tensors, without a copy, and make it ready for inference on `device`; returns it.
+
+    `state`: on `device`, all that a file holds. In one walk: `load_state_dict`, `to` and `requires_grad_` take six
+    times as long, and a first job waits for it.
+
+    Raises:
+        ValueError: `state` lacks a tensor, or has one more, or one of another shape.
+    """
+    left = {**state, **{name: state[source] for name, source in component.tied}}
+
+    def taken(name: str, empty: torch.Tensor) -> torch.Tensor:
+        if name not in left or left[name].shape != empty.shape:
+            raise ValueError(f"{component.name}: {name} is missing or of another shape")
+        return left.pop(name)
+
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = path and f"{path}."
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(taken(prefix + name, parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                is_stored = name not in module._non_persistent_buffers_set
+                module._buffers[name] = taken(prefix + name, buffer) if is_stored else buffer.to(device)
+    if left:
+        raise ValueError(f"{component.name} has no {', '.join(left)}")
+    tie(model, component)
+    return model.eval()
 
 
-def assign(model: Any, component: Component, state: Mapping[str, torch.Tensor]) -> None:
-    """Put `state` in the place of the model's tensors, those that share another's storage included."""
-    tied = dict(component.tied)
-    model.load_state_dict({**state, **{name: state[source] for name, source in tied.items()}}, assign=True)
-    for name, source in tied.items():
-        module, _, attribute = name.rpartition(".")
-        # one parameter under two names, so that moving the model moves it once
-        setattr(model.get_submodule(module), attribute, model.get_parameter(source))
+def tie(model: Any, component: Component) -> None:
+    """Make one parameter under two names of those that share storage: it is laid out once, and moved once."""
+    for name, source in component.tied:
+        _put(model, name, model.get_parameter(source))
+
+
+def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, tensor)
 
 
 def _places(

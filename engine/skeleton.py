@@ -1,13 +1,13 @@
 """A baked component without its bytes: the model, and where in its file each of its tensors is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import torch
 
 from engine.arrival import Arrival, Coming
-from engine.packing import HostCopy, fill_piece, layout, point_at
+from engine.packing import HostCopy, Piece, fill_piece, layout, point_at
 from engine.parts import fill
 from engine.profile import Component
 from engine.readahead import ReadAhead
@@ -29,13 +29,12 @@ class Skeleton:
 
     def stand(self, device: str, arrival: Arrival) -> Coming:
         """Give the model storage on `device`, a tensor at a time. Addresses stay; values come."""
-        pieces = self._pieces()
+        pieces = layout(self.model)
+        fields = {piece.prefix + field.name: field for piece in pieces for field in piece.fields}
         with torch.inference_mode(False):
-            state = self.model.state_dict()
-            targets = {name: torch.empty_like(state[name], device=device) for name in self.stored}
+            targets = {name: fields[name].empty(device) for name in self.stored}
             fill(self.model, self.component, targets, device)
-        wanted = [Wanted(self.stored[name], target, pieces[name]) for name, target in targets.items()]
-        return arrival.expect(self.component.name, self.stream, wanted)
+        return arrival.expect(self.component.name, self.stream, self._wanted(targets, pieces))
 
     def whole(self, device: str) -> Any:
         """The model on `device` with all its values, read now."""
@@ -59,14 +58,12 @@ class Skeleton:
             fill(self.model, self.component, stored, "cpu")
             for piece, buffer in zip(pieces, host.buffers, strict=True):
                 point_at(self.model, piece, buffer)
-        index = self._pieces()
-        wanted = [Wanted(self.stored[name], target, index[name]) for name, target in stored.items()]
-        return host, arrival.expect(self.component.name, self.stream, wanted, host.settle)
+        return host, arrival.expect(self.component.name, self.stream, self._wanted(stored, pieces), host.settle)
 
-    def _pieces(self) -> dict[str, int]:
-        """Tensor -> the number of the piece that it belongs to."""
-        pieces = enumerate(layout(self.model))
-        return {piece.prefix + field.name: i for i, piece in pieces for field in piece.fields}
+    def _wanted(self, targets: Mapping[str, torch.Tensor], pieces: Sequence[Piece]) -> list[Wanted]:
+        """Each tensor with the number of the piece that it belongs to."""
+        number = {piece.prefix + field.name: i for i, piece in enumerate(pieces) for field in piece.fields}
+        return [Wanted(self.stored[name], target, number[name]) for name, target in targets.items()]
 
 
 @runtime_checkable

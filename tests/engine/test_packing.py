@@ -3,6 +3,8 @@
 import gc
 
 import pytest
+import torch
+from torch import nn
 
 from engine import packing
 from engine.packing import HostCopy, layout
@@ -16,6 +18,16 @@ def unlocked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(packing, "lock", lambda *_: None)
     monkeypatch.setattr(packing, "unlock", lambda buffer: seen.append(buffer.data_ptr()))
     return seen
+
+
+def test_layout_keeps_the_order_of_axes_and_leaves_gaps_out() -> None:
+    model = nn.Module()
+    model.plain = nn.Parameter(torch.empty(3, 4))
+    model.turned = nn.Parameter(torch.empty(4, 3).t())
+    model.gaps = nn.Parameter(torch.empty(3, 8)[:, ::2])
+    (_, exit_piece) = layout(model)
+    strides = {field.name: field.strides for field in exit_piece.fields}
+    assert strides == {"plain": (4, 1), "turned": (1, 3), "gaps": (4, 1)}
 
 
 def locked_copy() -> tuple[HostCopy, list[int]]:

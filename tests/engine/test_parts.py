@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from engine.parts import library_class, run_dtype, stored_dtype
+from engine.parts import fill, library_class, run_dtype, stored_dtype
 from engine.profile import Profile
 from engine.profiles import PROFILES
 from engine.published import published_model
@@ -108,10 +112,86 @@ def test_nothing_is_drawn_for_an_empty_model(name: str) -> None:
                 drawn.append(func.__name__)
             return func(*args, **(kwargs or {}))
 
+    state = torch.get_rng_state()
     with Watch():
         model = published_model(PROFILES["wan22_i2v_svi"].component(name))
     assert drawn == []
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "transformer"])
+def test_weights_of_an_empty_model_take_no_memory_on_the_way(name: str) -> None:
+    made: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out.is_meta:
+                made.append(out.numel())
+            return out
+
+    with Watch():
+        published_model(PROFILES["wan22_i2v_svi"].component(name))
+    assert max(made) <= 1024 * 128  # the tables of Wan's positions, which are real
+
+
+def test_other_threads_make_real_tensors_while_an_empty_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[nn.Module] = []
+    build = AutoencoderKLWan.from_config
+
+    def beside(config: Any) -> Any:
+        other = threading.Thread(target=lambda: made.append(nn.Linear(2, 2)))
+        other.start()
+        other.join()
+        return build(config)
+
+    monkeypatch.setattr(AutoencoderKLWan, "from_config", beside)
+    assert published_model(PROFILES["wan22_i2v_svi"].component("vae")).encoder.conv_in.weight.is_meta
+    assert [parameter.is_meta for parameter in made[0].parameters()] == [False, False]
+
+
+class Small(nn.Module):
+    """One layer under two names, a table that no file holds, and a place for one that stays empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3, device="meta")
+        self.again = self.layer
+        self.register_buffer("kept", torch.empty(1, device="meta"))
+        self.register_buffer("computed", torch.ones(4), persistent=False)
+        self.register_buffer("absent", None)
+
+
+TIED = replace(
+    PROFILES["wan22_i2v_svi"].component("text_encoder"),
+    tied=(("again.weight", "layer.weight"), ("again.bias", "layer.bias")),
+)
+STATE = {"layer.weight": torch.ones(3, 2), "layer.bias": torch.ones(3), "kept": torch.ones(1)}
+
+
+def test_fill_takes_the_tensors_that_are_given_and_moves_what_no_file_holds() -> None:
+    model = fill(Small(), TIED, STATE, "meta")
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == {
+        name: STATE[name.replace("again", "layer")].data_ptr()
+        for name in ("kept", "layer.weight", "layer.bias", "again.weight", "again.bias")
+    }
+    assert model.computed.is_meta
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({name: STATE[name] for name in ("layer.weight", "layer.bias")}, "kept is missing or of another shape"),
+        ({**STATE, "layer.bias": torch.ones(1)}, r"layer\.bias is missing or of another shape"),
+        ({**STATE, "spare": torch.ones(1)}, "has no spare"),
+    ],
+)
+def test_fill_refuses_what_is_not_the_models_state(state: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fill(Small(), TIED, state, "cpu")
 
 
 def test_load_refuses_a_name_that_the_profile_does_not_have(twins: Path) -> None:
