@@ -102,5 +102,8 @@ def _link(made: Any, library: Path) -> None:
     called = [Path(each) for each in cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)]
     there = [f"-Wl,-rpath,{each.parent}" for each in called]
     subprocess.run(
-        ["gcc", "-shared", "-o", library, part, *there, *called], check=True, capture_output=True, timeout=LINK_TIMEOUT_S
+        ["gcc", "-shared", "-o", library, part, *there, *called],
+        check=True,
+        capture_output=True,
+        timeout=LINK_TIMEOUT_S,
     )
