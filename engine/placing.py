@@ -22,7 +22,7 @@ from engine.profile import EIGHT_BITS, Profile
 from engine.progress import Progress
 from engine.readahead import order_of_need
 from engine.residency import CARD, STREAM_SLOTS, Plan, plan
-from engine.speed import Accelerated, accelerate, narrow
+from engine.speed import Accelerated, accelerate, narrow, prove_ahead
 from engine.standing import Standing
 from engine.visitor import Visitor
 from engine.weights import Parts
@@ -151,6 +151,8 @@ def place(profile: Profile, parts: Parts, card: Card, experts: Mapping[str, str]
         RequestTooLarge: no placement fits the card's budget and the host; nothing was loaded.
     """
     made = None if card.device == "cpu" else _plan(profile, card)
+    if made is not None:
+        prove_ahead(made.precision, card.device, card.levers)
     arrival = Arrival(card.device)
     try:
         return _placed(

@@ -11,8 +11,6 @@ infinity in it: a card's GELU, and its rounding of x itself, keep the NaN among 
 scale; all else makes the row NaN.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +18,7 @@ from torch.nn import functional
 from engine.attention import rotate
 from engine.linear8 import KINDS, round_rows
 from engine.linear8_check import MIN_SNR_DB, snr_db
+from engine.proof import Proof
 
 FP8 = KINDS["fp8"]
 TEST_ROWS = 33  # of which a program of the norms takes three or four on any card (rounding_triton.ROWS_A_NORM_PROGRAM)
@@ -111,7 +110,7 @@ def _(
     return (x.new_empty(x.shape), *_fake(x))
 
 
-@cache
+@Proof
 def problem(device: str) -> str | None:
     """Why the card's kernels are not to be used, or None: each is compared with float32, once a process."""
     try:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine import attention, block8
+from engine import attention, block8, rounding, text_attention, widening
 from engine.artefacts import Artefacts
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
 from engine.card import Levers
 from engine.compiling import Account, CompiledBlocks
 from engine.geometry import LatentShape
-from engine.linear8 import Linear8, replace_linears, set_kind
+from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_tested
 from engine.settings import keep_kernels
 
@@ -54,6 +54,34 @@ class Accelerated:
     def save(self) -> bool:
         """Keep what has been compiled since the last time, for the next process. Between jobs."""
         return self.blocks is not None and self.blocks.save()
+
+
+def prove_ahead(precision: str, device: str, levers: Levers) -> None:
+    """Begin the self-tests that a load at this precision will ask for: their kernels compile while it builds models."""
+    kind = KINDS.get(precision)
+    if kind is None or kind.capability is None or torch.cuda.get_device_capability(device) < kind.capability:
+        return
+    if levers.cache_dir is not None:
+        keep_kernels(levers.cache_dir)
+    try:
+        import_triton()
+    except Exception:  # noqa: BLE001 whatever it is, who asks for a kernel finds it out, and says so
+        return
+    if precision == "fp8":
+        rounding.problem.begin(device)
+        text_attention.problem.begin(device)
+    number = torch.device(device).index
+    card = torch.device("cuda", torch.cuda.current_device() if number is None else number)  # as tensors have it
+    widening.problem.begin(card, kind.dtype)
+
+
+def import_triton() -> None:
+    """Once, before several threads would do it: the kernels, and what Triton asks of a card the first time."""
+    from triton.runtime import driver
+
+    from engine import rounding_triton, text_attention_triton, widening_triton  # noqa: F401
+
+    driver.active.get_current_target()
 
 
 def narrow(model: nn.Module, precision: str | None, device: str, tested: SelfTest | None = None) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ product less than plain attention, by a simpler kernel: 0.6 ms more than flash-a
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch.nn import functional
 from engine.attention import TEXT_TOKENS, deviation
 from engine.linear8 import KINDS, SMALLEST_AMAX
 from engine.linear8_check import MIN_SNR_DB, snr_db
+from engine.proof import Proof
 
 FP8 = KINDS["fp8"]
 MAX_RELATIVE_ERROR = 0.01  # against float32, as of the other bf16 kernels: they err by 0.003
@@ -127,7 +127,7 @@ def distinct_rows(key: Tensor, value: Tensor) -> int:
     return int((differs * torch.arange(1, len(key) + 1)).max())
 
 
-@cache
+@Proof
 def problem(device: str) -> str | None:
     """Why the card's kernels are not to be used, or None: they are compared with float32, once a process."""
     try:

@@ -6,10 +6,11 @@ own does both, and gives the same bits.
 """
 
 import logging
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from engine.proof import Proof
 
 TEST_ROWS, TEST_WIDTHS = 8, (4096, 10240)  # widths: UMT5's
 
@@ -33,7 +34,7 @@ def _by_torch(weight_q: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
     return weight_q.to(dtype).mul_(weight_scale.unsqueeze(-1))
 
 
-@cache
+@Proof
 def problem(device: torch.device, format_: torch.dtype) -> str | None:
     """Why the card's kernel is not to be used for weights of this format, or None: it must give torch's bits.
 

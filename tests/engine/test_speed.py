@@ -1,5 +1,10 @@
 """The levers in their order: what is narrowed, how it multiplies, and what a CPU leaves out."""
 
+import os
+import subprocess
+import sys
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -8,7 +13,9 @@ from engine.attention import WanProcessor
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
 from engine.linear8_check import SelfTest
-from engine.speed import Levers, accelerate, narrow, precision_of
+from engine.proof import Proof
+from engine.settings import ROOT
+from engine.speed import Levers, accelerate, narrow, precision_of, prove_ahead
 from tests.engine.tiny_wan import make_wan, wan_inputs
 
 HOPPER = SelfTest(("fp8", "int8"), ())
@@ -91,3 +98,68 @@ def test_kernels_are_chosen_for_the_models_heads_and_both_are_installed(monkeypa
     assert accelerate([model], "cpu", Levers("attention8")).notes == ("said",)
     assert asked == [("cpu", "attention8", attention.head_width(model))]
     assert {(one.kernel, one.few) for one in model.attn_processors.values()} == {("native", "flash4")}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What is begun ahead for a Hopper whose Triton does nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(speed, "import_triton", lambda: None)
+    asked = []
+    for module in (speed.rounding, speed.text_attention, speed.widening):
+        proof = Proof(module.problem.__wrapped__)
+        monkeypatch.setattr(proof, "begin", lambda *of, name=module.__name__: asked.append((name, *of)))
+        monkeypatch.setattr(module, "problem", proof)
+    return asked
+
+
+def test_tests_of_the_precision_are_begun_by_what_they_will_be_asked(begun, monkeypatch):
+    prove_ahead("int8", "cuda:0", Levers())
+    assert begun == [("engine.widening", torch.device("cuda:0"), torch.int8)]
+    begun.clear()
+    prove_ahead("fp8", "cuda", Levers())
+    assert begun == [
+        ("engine.rounding", "cuda"),
+        ("engine.text_attention", "cuda"),
+        ("engine.widening", torch.device("cuda:1"), torch.float8_e4m3fn),
+    ]
+    begun.clear()
+    prove_ahead("bf16", "cuda", Levers())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    prove_ahead("fp8", "cuda", Levers())
+    assert begun == []
+
+
+def test_kernels_of_tests_that_are_begun_are_kept_too(begun, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(speed, "keep_kernels", lambda folder: kept.append((folder, list(begun))))
+    prove_ahead("fp8", "cuda", Levers(None, True, tmp_path))
+    assert kept == [(tmp_path, [])]
+
+
+def test_nothing_is_begun_where_triton_cannot_be_had(begun, monkeypatch):
+    monkeypatch.setattr(speed, "import_triton", lambda: import_module("no_such_package"))
+    prove_ahead("fp8", "cuda", Levers())
+    assert begun == []
+
+
+@pytest.mark.gpu
+def test_tests_beside_each_other_find_what_they_do_alone(tmp_path):
+    """In a new process, where nothing is compiled."""
+    code = """
+import torch
+from engine.card import Levers
+from engine.namesake import import_diffusers
+import_diffusers()
+from engine import rounding, speed, text_attention, widening
+speed.prove_ahead("fp8", "cuda", Levers(None, True, None))
+torch.ones(8, device="cuda").sum().item()
+print(rounding.problem("cuda"), text_attention.problem("cuda"))
+print(widening.problem(torch.zeros(0, device="cuda").device, torch.float8_e4m3fn), len(widening.problem._answers))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["None", "None", "None", "1"], done.stderr
