@@ -16,7 +16,7 @@ import torch
 from bench.random_bake import write_bake
 from engine import placing
 from engine.arrival import Arrival
-from engine.card import Card
+from engine.card import Card, Levers
 from engine.compiling import Artefacts, CompiledBlocks, graph_count
 from engine.eight_bits import to_eight_bits
 from engine.linear8 import KINDS
@@ -124,6 +124,23 @@ def test_placing_that_fails_once_it_reads_leaves_no_read_ahead(
     with pytest.raises(type(refusal)):
         place(of.profile, of, CPU, EXPERTS)
     assert readers_ahead() == []
+
+
+def test_tests_of_the_plans_precision_are_begun_before_models_are_built(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+
+    def built(*_: Any) -> Any:
+        assert begun == [("fp8", "cuda", Levers("flash4"))]
+        raise RequestTooLarge("far enough")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(placing, "prove_ahead", lambda *of: begun.append(of))
+    monkeypatch.setattr(placing, "Arrival", lambda _device: Arrival("cpu"))
+    monkeypatch.setattr(placing, "_placed", built)
+    with pytest.raises(RequestTooLarge, match="far enough"):
+        place(parts.profile, parts, Card("cuda", 2**40, "fp8", Levers("flash4")), EXPERTS)
 
 
 def test_whole_load_ends_the_read_ahead(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

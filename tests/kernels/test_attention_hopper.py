@@ -63,3 +63,9 @@ def test_one_way_looks_for_no_maximum(compiled: dict[str, Any]) -> None:
     weighed = PLACES * 2 * (KEY_TILE // 4)
     assert weighed <= of_kind(compiled, "FMNMX") < 1.5 * weighed
     assert of_kind(compiled, "MUFU.EX2") < WAYS * weighed * 1.1
+
+
+def test_what_is_taken_from_a_score_comes_with_its_scale(compiled: dict[str, Any]) -> None:
+    """Of the numbers that become weights in both ways, but in one place in which the compiler has its own order."""
+    weighed = PLACES * 2 * (KEY_TILE // 4)
+    assert of_kind(compiled, "FFMA") >= 1.5 * weighed
