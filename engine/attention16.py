@@ -26,7 +26,10 @@ def attend16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if query.shape[3] != WIDTH or {x.dtype for x in (query, key, value)} != {torch.bfloat16}:
         raise ValueError(f"this attention takes bf16, heads of {WIDTH}; not {query.dtype} {tuple(query.shape)}")
-    return torch.stack([_attend(*(x.contiguous() for x in one)) for one in zip(query, key, value, strict=True)])
+    out = query.new_empty(query.shape)
+    for q, k, v, to in zip(query, key, value, out, strict=True):
+        _attend(q.contiguous(), k.contiguous(), v.contiguous(), to)
+    return out
 
 
 @attend16.register_fake
@@ -34,15 +37,15 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the 
     return query.new_empty(query.shape)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Without the dimension of batches."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    """Without the dimension of batches, into `out`."""
     if query.device.type == "cpu":
-        return in_float32(query, key, value).to(query.dtype)
+        out.copy_(in_float32(query, key, value))
+        return
     from engine import attention16_triton
 
-    out, reached = torch.empty_like(query), attention16_triton.reach_of(query, key)
+    reached = attention16_triton.reach_of(query, key)
     hopper_kernel("attention16")(query, key, value, out, reached.span, reached.shift)
-    return out
 
 
 def reach_of(query: Tensor, key: Tensor) -> Reach:

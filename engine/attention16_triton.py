@@ -32,16 +32,16 @@ def _lengths_kernel(x_at: tl.tensor, longest_at: tl.tensor, sums_at: tl.tensor, 
 def reach_of(query: Tensor, key: Tensor) -> Reach:
     """As engine.attention16.reach_of; both are contiguous."""
     longest_query, _ = _lengths(query)
-    longest_key, key_sum = _lengths(key)
+    longest_key, key_sums = _lengths(key)
     longest = longest_query * score_factor(query.shape[2])
-    return reach(longest * longest_key, longest * key_sum.norm(dim=1) / len(key))
+    return reach(longest * longest_key, longest * key_sums.sum(dim=1).norm(dim=1) / len(key))
 
 
 def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, heads, d) -> the length of each head's longest row (heads,), and the sum of its rows (heads, d), float32."""
+    """(n, heads, d) -> length of each head's longest row (heads,), sums of a tile's rows (heads, tiles, d), float32."""
     rows, heads, width = x.shape
     tiles = triton.cdiv(rows, TILE)
     longest = x.new_empty((heads, tiles), dtype=torch.float32)
     sums = x.new_empty((heads, tiles, width), dtype=torch.float32)
     _lengths_kernel[tiles, heads](x, longest, sums, rows, heads, width, TILE)
-    return longest.amax(dim=1).sqrt(), sums.sum(dim=1)
+    return longest.amax(dim=1).sqrt(), sums
