@@ -1,6 +1,7 @@
 """Attention kernels: the processor equals diffusers', a bad kernel is found out, nothing leaks to other
 models."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from bench.work import ROUNDING
 from engine import attention
 from engine.attention import KERNELS, WanProcessor, choose, install, relative_error
 from engine.namesake import namesake_hidden
+from engine.settings import ROOT
 from schemas.errors import SettingsError
 from tests.engine.tiny_wan import make_wan, wan_inputs
 
@@ -183,8 +185,11 @@ def test_choose_skips_a_kernel_whose_result_is_off(hopper):
 EVERY = ["attention16", "flash4_wide", "flash4", "cudnn", "flash2", "attention8", "sage", "xformers", "native"]
 
 
-def test_every_named_kernel_is_in_the_table():
+def test_every_named_kernel_is_in_the_table_and_said_to_users():
     assert list(KERNELS) == EVERY
+    said = (ROOT / "docs" / "performance.md").read_text().split("`WORKER_ATTENTION` takes ")[1].split(".")[0]
+    exact, rounding = (re.findall(r"`(\w+)`", part) for part in said.split("which are exact"))
+    assert (sorted(exact + rounding), set(rounding)) == (sorted(EVERY), ROUNDING)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "native"])
