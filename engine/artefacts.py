@@ -68,7 +68,7 @@ class Artefacts:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` there at once: a reader finds what was there before, or all of it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="compiled-", suffix=".part", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}-", suffix=".part", delete=False) as file:
         try:
             file.write(content)
             file.flush()

@@ -2,7 +2,7 @@
 
 Why. Self-attention is two thirds of a forward at 832x480x81, and on an H200 its fastest kernel stands at the card's
 power limit, so what is left out of it is time. Shifted by what is known beforehand (engine.attention_reach) a softmax
-needs neither its maxima nor the shrinking of what was summed: 32.9 ms a call in place of flash-attn-4's 36.4, in turns
+needs neither its maxima nor the shrinking of what was summed: 33.0 ms a call in place of flash-attn-4's 36.3, in turns
 on a hot card. The mathematics is the same, summed otherwise, so this is the first choice on Hopper.
 
 How. One pass over queries and keys finds the longest of each head and the keys' mean. The kernel

@@ -1,8 +1,8 @@
 """When a softmax needs no maximum: what is known of a head's scores before any is computed.
 
 A softmax takes each row's largest score away first, so that no exponential overflows. To find it, and to shrink what
-was summed before whenever it grows, is an eighth of attention's time on an H200 (docs/LOG.md). What else could be
-taken? Scores are powers of two here:
+was summed before whenever it grows, is a tenth to an eighth of attention's time on an H200 (docs/LOG.md). What else
+could be taken? Scores are powers of two here:
 
 - None is larger than the longest query times the longest key of its head (Cauchy-Schwarz): the bound.
 - What all of a head's rows have taken, a row's sum loses again when it is divided by: any number will do that keeps

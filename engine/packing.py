@@ -72,7 +72,7 @@ def _piece(prefix: str, tensors: list[tuple[str, Tensor]]) -> Piece:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Without gaps. Not of an empty tensor like it for all: that takes longer than the rest of a layout."""
+    """Of one like it without gaps. Its own where it has none: to make one takes longer than the rest of a layout."""
     return (tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")).stride()
 
 

@@ -62,7 +62,7 @@ def prove_ahead(precision: str, device: str, levers: Levers) -> None:
     if kind is None or kind.capability is None or torch.cuda.get_device_capability(device) < kind.capability:
         return
     if levers.cache_dir is not None:
-        keep_kernels(levers.cache_dir)
+        keep_kernels(levers.cache_dir)  # before anything compiles
     try:
         import_triton()
     except Exception:  # noqa: BLE001 whatever it is, who asks for a kernel finds it out, and says so
