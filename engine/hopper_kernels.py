@@ -89,7 +89,7 @@ def _keep(made: Any, folder: Path, name: str) -> None:
             content = library.read_bytes()
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / f"{_stem(name)}-{_digest(content)}.so", content)
-    except (OSError, subprocess.SubprocessError) as error:
+    except Exception as error:  # noqa: BLE001 CuTe has errors of its own, and the kernel works whether kept or not
         log.warning("the kernel of %s could not be kept (%s)", name, type(error).__name__)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import triton
@@ -79,6 +80,20 @@ def test_kernel_that_cannot_be_linked_is_not_kept_and_works(ask: Ask, tmp_path: 
     compiled, said = ask(CUTE, PATH="")
     assert "expected device_type=cuda" in compiled[0]
     assert "could not be kept (FileNotFoundError)" in said
+    assert not (tmp_path / "kept").exists()
+
+
+def test_kernel_that_cannot_be_exported_is_lost_to_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Compiled:
+        def export_to_c(self, **_: str) -> None:
+            raise LookupError("an error of the compiler's own")
+
+    monkeypatch.setitem(sys.modules, "cutlass", ModuleType("cutlass"))
+    monkeypatch.setattr(sys.modules["cutlass"], "cute", None, raising=False)
+    hopper_kernels._keep(Compiled(), tmp_path / "kept", "attention16")
+    assert "could not be kept (LookupError)" in caplog.text
     assert not (tmp_path / "kept").exists()
 
 
