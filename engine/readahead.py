@@ -3,8 +3,9 @@
 The imports of a first job take 5 to 8 seconds and leave the disk idle. Here the files are read meanwhile, in the order
 of need, and thrown away: whoever reads them next finds them in memory. It goes on while they do: what was read ahead
 takes them a second to read once more, in which the disk would rest, and while a model is built they have nothing to
-read. When they have caught up it ends (`reached`). Advice (POSIX_FADV_WILLNEED) would not do: Linux cuts each such
-request to one read of the device, a megabyte or less.
+read. When they have caught up it ends (`reached`). What is in memory already is passed over: to copy it once more costs
+the imports beside it a second and more. Advice (POSIX_FADV_WILLNEED) would not do: Linux cuts each such request to one
+read of the device, a megabyte or less.
 """
 
 import os
@@ -98,7 +99,9 @@ class ReadAhead:
                     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                     size = os.fstat(stream.fileno()).st_size
                     while (offset := self._take(i, size)) is not None:
-                        count = os.preadv(stream.fileno(), places, offset)
+                        count = min(STEP_BYTES, size - offset)
+                        if not _is_in_memory(stream.fileno(), offset, count):
+                            count = os.preadv(stream.fileno(), places, offset)
                         with self._lock:
                             self.bytes_read += count
                         yield
@@ -114,3 +117,15 @@ class ReadAhead:
             self._taken[i] += STEP_BYTES
             self._left -= min(STEP_BYTES, size - offset)
             return offset
+
+
+def _is_in_memory(descriptor: int, offset: int, count: int) -> bool:
+    """Whether the page cache holds the first and the last byte of a step, and so, it may be taken, what is between.
+
+    Files are read and forgotten from their beginning on. To ask for every page would cost more than it saves, and who
+    reads for good finds out what is not there.
+    """
+    try:
+        return all(os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (offset, offset + count - 1))
+    except (OSError, AttributeError):  # it would have to wait; a file system or a kernel that cannot tell
+        return False

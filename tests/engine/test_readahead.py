@@ -1,5 +1,6 @@
 """Files are on their way before anybody asks for their bytes, in the order of need, and within bounds."""
 
+import errno
 import os
 import sys
 import threading
@@ -15,11 +16,13 @@ from engine.settings import Settings
 from engine.weights import locate
 
 STEP = 1000
+is_in_memory = readahead._is_in_memory
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "STEP_BYTES", STEP)
+    monkeypatch.setattr(readahead, "_is_in_memory", lambda *_: False)  # files that were just written are
 
 
 @pytest.fixture
@@ -88,6 +91,64 @@ def test_next_step_is_under_way_while_one_thread_waits_for_the_interpreter(
     monkeypatch.setattr(os, "preadv", meets_the_other)
     assert finish(ReadAhead(files[:1])) == 2500
     assert sorted(at) == [0, STEP, 2 * STEP]
+
+
+class PageCache:
+    """Stands in for os.preadv: bytes of `held` offsets answer at once, others are counted as read from a disk."""
+
+    def __init__(self, held: range) -> None:
+        self._held = held
+        self.steps: list[int] = []
+
+    def preadv(self, _descriptor: int, places: list[bytearray], at: int, flags: int = 0) -> int:
+        if flags != os.RWF_NOWAIT:
+            self.steps.append(at)
+            return STEP
+        if at not in self._held:
+            raise BlockingIOError
+        return sum(map(len, places))
+
+
+@pytest.mark.parametrize(
+    ("held", "steps"),
+    [
+        (range(3 * STEP), []),
+        (range(STEP), [STEP, 2 * STEP]),
+        (range(STEP // 2, 2 * STEP), [0, 2 * STEP]),  # the beginning of a step is gone
+        (range(STEP, 3 * STEP - 1), [0, 2 * STEP]),  # its end is
+        (range(0), [0, STEP, 2 * STEP]),
+    ],
+)
+def test_step_that_is_in_memory_is_passed_over_and_counts_as_read(
+    held: range, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(3 * STEP))
+    cache = PageCache(held)
+    monkeypatch.setattr(readahead, "_is_in_memory", is_in_memory)
+    monkeypatch.setattr(os, "preadv", cache.preadv)
+    assert finish(ReadAhead([path])) == 3 * STEP
+    assert sorted(cache.steps) == steps
+
+
+@pytest.mark.parametrize("platform_has_flag", [True, False])
+def test_file_system_or_platform_that_cannot_tell_has_every_step_read(
+    platform_has_flag: bool, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def preadv(descriptor: int, places: list[bytearray], at: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "no such flag here")
+        return read(descriptor, places, at)
+
+    monkeypatch.setattr(readahead, "_is_in_memory", is_in_memory)
+    monkeypatch.setattr(os, "preadv", preadv)
+    if not platform_has_flag:
+        monkeypatch.delattr(os, "RWF_NOWAIT")
+    assert finish(ReadAhead(files)) == 7500
+    with files[0].open("rb") as stream:
+        assert not is_in_memory(stream.fileno(), 0, STEP)
 
 
 def test_nothing_to_read_is_nothing_to_do() -> None:
