@@ -8,7 +8,8 @@ rounding come before compiling, because they are part of the graph.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ from engine.compiling import Account, CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_tested
+from engine.remembered import Remembered
 from engine.settings import keep_kernels
+from engine.shadow import Specs
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Accelerated:
     notes: tuple[str, ...]
     model: nn.Module
     """One of those that run; the others are like it."""
+    _inputs: Remembered[tuple[LatentShape, int], tuple[Specs, ...]] = field(default_factory=Remembered, repr=False)
 
     def expect(self, latents: Iterable[LatentShape], image_tokens: int = 0) -> None:
         """A job begins that will run over latents of these shapes: compile for them, the first one first.
@@ -43,8 +47,11 @@ class Accelerated:
         if self.blocks is None:
             return
         self.blocks.begin_job()
+        device = self.blocks.device
         for latent in dict.fromkeys(latents):
-            self.blocks.expect(block_inputs(self.model, latent, self.blocks.device, image_tokens))
+            ask = partial(block_inputs, self.model, latent, device, image_tokens)
+            # The question takes 25 ms of a slow host, before a warm job's first work on the card.
+            self.blocks.expect(self._inputs.get((latent, image_tokens), ask))
 
     @property
     def account(self) -> Account | None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,26 @@ def test_accelerate_on_a_cpu_chooses_native_and_compiles_nothing():
     assert {type(processor) for processor in model.attn_processors.values()} == {WanProcessor}
     done.expect([LatentShape(2, 4, 4)])
     assert done.account is None
+
+
+def test_question_what_blocks_are_called_with_is_put_once_a_size(monkeypatch):
+    asked, told = [], []
+
+    def block_inputs(_model, latent, device, image_tokens):
+        asked.append((latent, image_tokens))
+        return latent, device
+
+    monkeypatch.setattr(speed, "block_inputs", block_inputs)
+    blocks = SimpleNamespace(device=torch.device("cpu"), begin_job=lambda: told.append("job"), expect=told.append)
+    done = speed.Accelerated("native", blocks, (), make_wan(0))
+    small, large = LatentShape(2, 4, 4), LatentShape(3, 4, 4)
+    for latents in ([small], [large, small, large], [small]):
+        done.expect(latents)
+    done.expect([small], 257)
+    assert asked == [(small, 0), (large, 0), (small, 257)]
+    cpu = torch.device("cpu")
+    jobs = [["job", (small, cpu)], ["job", (large, cpu), (small, cpu)], ["job", (small, cpu)], ["job", (small, cpu)]]
+    assert told == [word for job in jobs for word in job]
 
 
 def test_order_of_the_levers_ends_in_experts_that_still_run():
