@@ -15,7 +15,7 @@ convolutions that double the frames (WanResample, its mark 'Rep') leave it out a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -122,10 +122,12 @@ class Residual:
     convs: tuple[CausalConv, CausalConv]
     shortcut: tuple[Tensor, Tensor] | None
     """Weight (out, in) and bias, where the number of channels changes."""
+    missing: Tensor | None
+    """What is still to be added to each pixel of x. The norm adds it; for what passes by, the last bias holds it."""
 
     def __call__(self, x: Tensor, past: Past, passes: Passes) -> Tensor:
         first, second = self.convs
-        y = first(past.normed(first, x, None, self.gammas[0], passes), add_bias=False)
+        y = first(past.normed(first, x, self.missing, self.gammas[0], passes), add_bias=False)
         room = past.normed(second, y, first.bias, self.gammas[1], passes)
         del y  # has been read, and the second convolution needs its memory
         y = second(room, add_bias=False)
@@ -151,11 +153,13 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Upsample:
-    """WanResample: twice the frames (but for the first) where `time` is given, then twice the size."""
+    """WanResample: twice the frames (but for the first) where `time` is given, then twice the size.
+
+    Its last bias is left to the Residual after it: here it would be a pass over memory of its own.
+    """
 
     time: CausalConv | None
     weight: Tensor
-    bias: Tensor
 
     def __call__(self, x: Tensor, past: Past, passes: Passes) -> Tensor:
         if self.time is not None and past.has_begun:
@@ -163,7 +167,7 @@ class Upsample:
             pairs = past.convolve(self.time, x).reshape(f, h, w, 2, c)
             x = pairs.permute(0, 3, 1, 2, 4).reshape(2 * f, h, w, c)
         large = passes.double_size(x).permute(0, 3, 1, 2)  # (f, c, 2h, 2w), channels last in memory
-        return functional.conv2d(large, self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
+        return functional.conv2d(large, self.weight, padding=1).permute(0, 2, 3, 1)
 
 
 class FastDecoder:
@@ -191,7 +195,7 @@ class FastDecoder:
         self.latents_a_chunk = latents_a_chunk
         self._enter = _linear(vae.post_quant_conv, dtype)
         self._first = _causal_conv(decoder.conv_in, dtype)
-        self._stages = [_stage(module, dtype) for module in _modules(decoder)]
+        self._stages = list(_stages(decoder, dtype))
         self._last_gamma = _gamma(decoder.norm_out, dtype)
         self._last = _causal_conv(decoder.conv_out, dtype, WRITTEN_CHANNELS)
 
@@ -243,20 +247,37 @@ def _modules(decoder: Any) -> Iterator[nn.Module]:
         yield from block.upsamplers or ()
 
 
-def _stage(module: Any, dtype: torch.dtype) -> Stage:
-    if isinstance(module, WanResidualBlock):
-        return Residual(
-            (_gamma(module.norm1, dtype), _gamma(module.norm2, dtype)),
-            (_causal_conv(module.conv1, dtype), _causal_conv(module.conv2, dtype)),
-            _linear(module.conv_shortcut, dtype) if isinstance(module.conv_shortcut, WanCausalConv3d) else None,
-        )
-    if isinstance(module, WanAttentionBlock):
-        return Attention(_gamma(module.norm, dtype), _linear(module.to_qkv, dtype), _linear(module.proj, dtype))
+def _stages(decoder: Any, dtype: torch.dtype) -> Iterator[Stage]:
+    missing = None
+    for module in _modules(decoder):
+        if isinstance(module, WanResidualBlock):
+            yield _residual(module, dtype, missing)
+            missing = None
+            continue
+        assert missing is None, "a block comes after what makes larger"
+        if isinstance(module, WanAttentionBlock):
+            yield Attention(_gamma(module.norm, dtype), _linear(module.to_qkv, dtype), _linear(module.proj, dtype))
+        else:
+            stage, missing = _upsample(module, dtype)
+            yield stage
+
+
+def _residual(module: Any, dtype: torch.dtype, missing: Tensor | None) -> Residual:
+    first, second = (_causal_conv(conv, dtype) for conv in (module.conv1, module.conv2))
+    shortcut = _linear(module.conv_shortcut, dtype) if isinstance(module.conv_shortcut, WanCausalConv3d) else None
+    if missing is not None:
+        passes_by = missing if shortcut is None else functional.linear(missing, shortcut[0])
+        second = replace(second, bias=second.bias + passes_by)
+    return Residual((_gamma(module.norm1, dtype), _gamma(module.norm2, dtype)), (first, second), shortcut, missing)
+
+
+def _upsample(module: Any, dtype: torch.dtype) -> tuple[Upsample, Tensor]:
+    """And the bias that it does not add."""
     assert module.mode in ("upsample2d", "upsample3d"), "a decoder makes nothing smaller"
     _, conv = module.resample
     time = _causal_conv(module.time_conv, dtype) if module.mode == "upsample3d" else None
     weight = conv.weight.detach().to(dtype, copy=True, memory_format=torch.channels_last)
-    return Upsample(time, weight, conv.bias.detach().to(dtype, copy=True))
+    return Upsample(time, weight), conv.bias.detach().to(dtype, copy=True)
 
 
 def _causal_conv(conv: Any, dtype: torch.dtype, multiple: int = 1) -> CausalConv:
