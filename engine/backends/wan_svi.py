@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -210,6 +211,7 @@ class WanSvi:
             if LAYOUTS[clip.layout].end_alone and job.request.lock_end is not False:
                 end = opening.condition[:, 4:, -1:]  # the condition ends on E(end)
                 latents = torch.cat([latents[:, :, :-1], end], dim=2)
+            import_module("av")  # the film's encoder, 0.2 s once: the card still works, and nobody waits for it here
             film.append((clip, latents.cpu()))
             if clip is not job.clips[-1]:
                 given = replace(given, motion=motion_after(clip, latents, job.request.overlap))

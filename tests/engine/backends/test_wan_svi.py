@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from engine.backends import Task
+from engine.backends import Task, wan_svi
 from engine.backends.wan_svi import WanSvi
 from engine.card import Card
 from engine.experts import RollingExperts
@@ -556,6 +556,13 @@ def test_cancel_ends_a_clip_in_tiles_before_its_first_frame(backend):
     frames = backend.generate(run_again, Progress(send, cancelled=cancelled))
     with pytest.raises(Cancelled):
         next(frames.chunks)
+
+
+def test_films_encoder_is_imported_while_the_forwards_run(backend, monkeypatch):
+    seen = list[str]()
+    monkeypatch.setattr(wan_svi, "import_module", seen.append)
+    run(backend, progress=Progress(lambda update: seen.append(update.stage)))
+    assert list(dict.fromkeys(seen)) == ["encode", "denoise", "av", "decode"]
 
 
 def test_decoder_is_prepared_beside_the_forwards(backend, monkeypatch):
