@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.geometry import VAE_STRIDE_T
+from engine.passage import to_device
 
 Encode = Callable[[Tensor], Tensor]
 """Pixels (1, 3, F, H, W) in [-1, 1], F = 4k + 1, to normalised latents (1, 16, T, h, w) fp32."""
@@ -116,8 +117,7 @@ def condition(name: str, latent_frames: int, given: Given, encode: Encode, filli
     known_frames = given.start.shape[2] if layout.from_start else 1
     mask = known_mask(latent_frames, known_frames, layout.end_mask)
     latents = layout.build(latent_frames, given, encode, filling or Filling())
-    mask = mask.to(latents.device)[None, :, :, None, None].expand(1, -1, -1, *latents.shape[3:])
-    return torch.cat([mask, latents], dim=1)
+    return _marked(mask, latents)
 
 
 def start_condition(start: Tensor, frames: int, encode: Encode) -> Tensor:
@@ -127,8 +127,13 @@ def start_condition(start: Tensor, frames: int, encode: Encode) -> Tensor:
     """
     height, width = start.shape[3:]
     known = encode(torch.cat([start, start.new_zeros(1, 3, frames - 1, height, width)], dim=2))
-    mask = known_mask(known.shape[2]).to(known)[None, :, :, None, None].expand(1, -1, -1, *known.shape[3:])
-    return torch.cat([mask, known], dim=1)
+    return _marked(known_mask(known.shape[2]), known)
+
+
+def _marked(mask: Tensor, latents: Tensor) -> Tensor:
+    """Mask (4, T) and latents (1, 16, T, h, w) -> (1, 20, T, h, w)."""
+    on_card = to_device(mask.to(latents.dtype), latents.device)[None, :, :, None, None]
+    return torch.cat([on_card.expand(1, -1, -1, *latents.shape[3:]), latents], dim=1)
 
 
 def _anchor_latents(latent_frames: int, given: Given, encode: Encode, filling: Filling) -> Tensor:

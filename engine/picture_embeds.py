@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from engine.passage import to_device
 from engine.remembered import Remembered
 
 
@@ -34,5 +35,5 @@ class PictureEncoder:
     def _compute(self, picture: Image.Image) -> Tensor:
         pixels = self._processor(images=picture, return_tensors="pt").pixel_values
         with self._use_encoder() as encoder:
-            states = encoder(pixel_values=pixels.to(encoder.device), output_hidden_states=True).hidden_states
+            states = encoder(pixel_values=to_device(pixels, encoder.device), output_hidden_states=True).hidden_states
             return states[-2].cpu().clone()

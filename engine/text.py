@@ -10,6 +10,7 @@ from typing import Any
 import ftfy
 from torch import Tensor
 
+from engine.passage import to_device
 from engine.position_buckets import shared_buckets
 from engine.remembered import Remembered
 
@@ -59,7 +60,7 @@ class PromptEncoder:
         read = int(tokens.attention_mask.sum())
         with self._use_encoder() as encoder, shared_buckets(encoder):
             hidden = encoder(
-                tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+                to_device(tokens.input_ids, encoder.device), to_device(tokens.attention_mask, encoder.device)
             ).last_hidden_state  # (1, 512, dim)
         whole = read if read < MAX_TOKENS else len(self._tokenizer(text, verbose=False).input_ids)
         return hidden[0, :read].cpu().clone(), whole

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.fast_decode import FastDecoder
 from engine.geometry import frames_advice, is_legal_frames
+from engine.passage import to_device
 
 
 def encode_norm(vae: Any, pixels: Tensor, encode: Callable[[Tensor], Any] | None = None) -> Tensor:
@@ -98,4 +99,4 @@ def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(shape)
     std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(shape)
-    return mean.to(device), (1.0 / std).to(device)
+    return to_device(mean, device), to_device(1.0 / std, device)

@@ -1,0 +1,19 @@
+"""The way of a small tensor to a card that is at work.
+
+A copy from ordinary host memory waits until the card has done all that it was given before, and the host with it:
+nothing more is launched meanwhile, and afterwards the card waits for the launches. From page-locked memory it takes its
+place behind that work, and the host goes on.
+"""
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`, in the order of the card's work; the host waits for none of it.
+
+    The allocator of page-locked memory does not give a block away before the copy from it has ended.
+    """
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

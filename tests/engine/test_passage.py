@@ -1,0 +1,58 @@
+"""A small tensor reaches a card that is at work, and the host waits for none of that work."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engine.conditioning import Given, condition
+from engine.memo_encode import MemoEncoder
+from engine.passage import to_device
+from engine.vae import denormalise, encode_norm
+from tests.engine.svi_parts import pixels, tiny_vae
+
+
+def test_tensor_that_is_where_it_is_wanted_stays_as_it_is() -> None:
+    tensor = torch.arange(5)
+    assert to_device(tensor, "cpu") is tensor
+
+
+@pytest.fixture
+def never_waits() -> Iterator[None]:
+    """Whoever makes the host wait for the card fails."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+def test_values_arrive_in_the_order_of_the_cards_work(request: pytest.FixtureRequest) -> None:
+    busy = torch.randn(4096, 4096, device="cuda")
+    request.getfixturevalue("never_waits")
+    for _ in range(50):
+        busy = busy @ busy
+    sent = [to_device(torch.full((1000,), float(i)), "cuda") for i in range(100)]
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.zeros(1000).to("cuda")  # what the plain way does
+    torch.cuda.set_sync_debug_mode("default")
+    assert [float(each.sum()) for each in sent] == [1000.0 * i for i in range(100)]
+
+
+@pytest.mark.gpu
+def test_pictures_are_encoded_and_laid_out_without_the_host_waiting(request: pytest.FixtureRequest) -> None:
+    vae = tiny_vae().to("cuda")
+    given = Given(pixels(1, seed=1).cuda(), pixels(1, seed=2).cuda(), pixels(1, seed=3).cuda())
+    memo = MemoEncoder(vae)
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return encode_norm(vae, video, memo.encode)
+
+    with torch.inference_mode():
+        wanted = condition("svi_latent", 5, given, encode)  # the first of a shape is compared, and waits for that
+        request.getfixturevalue("never_waits")
+        made = condition("svi_latent", 5, given, encode)
+        raw = denormalise(vae, made[:, 4:])
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(made, wanted)
+    assert raw.is_cuda
