@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from engine.conditioning import LAYOUTS
@@ -150,7 +151,8 @@ def keep(chunks: Iterable[Tensor], kept: Iterable[int]) -> Iterator[Tensor]:
         if len(here) == frames:
             yield chunk
         elif here:
-            yield chunk[:, :, here]
+            # Not chunk[:, :, here]: the list would go to the card, and the host wait for all that the card has to do.
+            yield torch.stack([chunk[:, :, i] for i in here], dim=2)
 
 
 def _check_length(wish: Wish) -> None:

@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ftfy
 from torch import Tensor
+from transformers.masking_utils import create_bidirectional_mask
 
 from engine.passage import to_device
 from engine.position_buckets import shared_buckets
@@ -59,11 +60,23 @@ class PromptEncoder:
         )
         read = int(tokens.attention_mask.sum())
         with self._use_encoder() as encoder, shared_buckets(encoder):
+            mask = _mask(encoder, tokens.attention_mask)
             hidden = encoder(
-                to_device(tokens.input_ids, encoder.device), to_device(tokens.attention_mask, encoder.device)
+                to_device(tokens.input_ids, encoder.device),
+                None if mask is None else to_device(mask, encoder.device),
             ).last_hidden_state  # (1, 512, dim)
         whole = read if read < MAX_TOKENS else len(self._tokenizer(text, verbose=False).input_ids)
         return hidden[0, :read].cpu().clone(), whole
+
+
+def _mask(encoder: Any, real: Tensor) -> Tensor | None:
+    """What the encoder makes of the tokenizer's mask (1, n) by itself: (1, 1, n, n), None if all tokens are real.
+
+    There it asks whether they are, and on a card waits for the answer, and so for the pictures that are being encoded,
+    before it launches anything. One with four axes it takes as it is.
+    """
+    described = real.new_empty((*real.shape, 0), dtype=encoder.get_input_embeddings().weight.dtype)
+    return cast(Tensor | None, create_bidirectional_mask(encoder.config, described, attention_mask=real))
 
 
 def clean(prompt: str) -> str:

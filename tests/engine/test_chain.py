@@ -7,6 +7,7 @@ from engine.chain import Wish, keep, motion_after, newest_frames, plan, returned
 from engine.conditioning import LAYOUTS, Given, condition
 from engine.vae import encode_norm
 from schemas.errors import InvalidInput
+from tests.engine.operators import Operators
 from tests.engine.svi_parts import noise, pixels, tiny_vae
 
 
@@ -289,3 +290,13 @@ def test_keep_passes_whole_chunks_on_untouched():
     passed = list(keep(iter(chunks), range(5)))
 
     assert [chunk is original for chunk, original in zip(passed, chunks, strict=True)] == [True, True]
+
+
+def test_keep_takes_some_frames_of_a_chunk_without_sending_their_numbers_anywhere():
+    chunk = pixels(4)
+    with Operators() as operators:
+        (first, rest) = keep([chunk, chunk], [0, 2, 5, 6, 7])
+    assert torch.equal(first, chunk[:, :, [0, 2]])
+    assert torch.equal(rest, chunk[:, :, 1:])
+    assert operators.called[torch.ops.aten.index.Tensor] == 0
+    assert operators.called[torch.ops.aten.lift_fresh.default] == 0  # a tensor made of Python's numbers

@@ -1,6 +1,8 @@
 """A small tensor reaches a card that is at work, and the host waits for none of that work."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,30 +19,32 @@ def test_tensor_that_is_where_it_is_wanted_stays_as_it_is() -> None:
     assert to_device(tensor, "cpu") is tensor
 
 
-@pytest.fixture
-def never_waits() -> Iterator[None]:
-    """Whoever makes the host wait for the card fails."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """Inside the block, whoever makes the host wait for the card fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it does not find all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-def test_values_arrive_in_the_order_of_the_cards_work(request: pytest.FixtureRequest) -> None:
+def test_values_arrive_in_the_order_of_the_cards_work() -> None:
     busy = torch.randn(4096, 4096, device="cuda")
-    request.getfixturevalue("never_waits")
-    for _ in range(50):
-        busy = busy @ busy
-    sent = [to_device(torch.full((1000,), float(i)), "cuda") for i in range(100)]
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        torch.zeros(1000).to("cuda")  # what the plain way does
-    torch.cuda.set_sync_debug_mode("default")
+    with never_waiting():
+        for _ in range(50):
+            busy = busy @ busy
+        sent = [to_device(torch.full((1000,), float(i)), "cuda") for i in range(100)]
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.zeros(1000).to("cuda")  # what the plain way does
     assert [float(each.sum()) for each in sent] == [1000.0 * i for i in range(100)]
 
 
 @pytest.mark.gpu
-def test_pictures_are_encoded_and_laid_out_without_the_host_waiting(request: pytest.FixtureRequest) -> None:
+def test_pictures_are_encoded_and_laid_out_without_the_host_waiting() -> None:
     vae = tiny_vae().to("cuda")
     given = Given(pixels(1, seed=1).cuda(), pixels(1, seed=2).cuda(), pixels(1, seed=3).cuda())
     memo = MemoEncoder(vae)
@@ -50,9 +54,8 @@ def test_pictures_are_encoded_and_laid_out_without_the_host_waiting(request: pyt
 
     with torch.inference_mode():
         wanted = condition("svi_latent", 5, given, encode)  # the first of a shape is compared, and waits for that
-        request.getfixturevalue("never_waits")
-        made = condition("svi_latent", 5, given, encode)
-        raw = denormalise(vae, made[:, 4:])
-    torch.cuda.set_sync_debug_mode("default")
+        with never_waiting():
+            made = condition("svi_latent", 5, given, encode)
+            raw = denormalise(vae, made[:, 4:])
     assert torch.equal(made, wanted)
     assert raw.is_cuda

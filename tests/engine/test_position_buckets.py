@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.position_buckets import shared_buckets
+from tests.engine.operators import Operators
 
 LAYERS = 3
-
-
-class Logarithms(TorchDispatchMode):
-    """Counts them: sorting into buckets takes one, nothing else in the encoder does."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.log.default
-        return func(*args, **(kwargs or {}))
+LOGARITHM = torch.ops.aten.log.default  # sorting into buckets takes one, nothing else in the encoder does
 
 
 @pytest.fixture
@@ -35,12 +26,12 @@ def embed(encoder: UMT5EncoderModel, tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [7, 512])
 def test_layers_share_a_table_and_find_the_same_bits(encoder: UMT5EncoderModel, tokens: int) -> None:
-    with Logarithms() as apart:
+    with Operators() as apart:
         wanted = embed(encoder, tokens)
-    with Logarithms() as shared, shared_buckets(encoder):
+    with Operators() as shared, shared_buckets(encoder):
         found = embed(encoder, tokens)
     assert torch.equal(found, wanted)
-    assert (apart.count, shared.count) == (LAYERS, 1)
+    assert (apart.called[LOGARITHM], shared.called[LOGARITHM]) == (LAYERS, 1)
 
 
 def test_the_next_call_has_a_table_of_its_own_length(encoder: UMT5EncoderModel) -> None:

@@ -6,6 +6,7 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 
 from engine.text import PromptEncoder, clean
+from tests.engine.operators import Operators
 from tests.engine.svi_parts import tiny_text_encoder, tiny_tokenizer
 
 FOX = "a red fox runs"
@@ -59,6 +60,23 @@ def test_changing_a_result_does_not_change_what_is_remembered():
     encoder.encode(FOX).hidden.zero_()
 
     assert torch.equal(encoder.encode(FOX).hidden, expected)
+
+
+@pytest.mark.parametrize("prompt", [FOX, "fox " * 600])
+def test_encoder_is_launched_without_a_question(prompt, monkeypatch):
+    encoder, _ = prompt_encoder()
+    with encoder._use_encoder() as model:
+        forward, operators = model.forward, Operators()
+
+    def watched(*args):
+        with operators:
+            return forward(*args)
+
+    monkeypatch.setattr(model, "forward", watched)
+    encoder.encode(prompt)
+    assert operators.questions == 0
+    watched(torch.zeros(1, 512, dtype=torch.long), torch.ones(1, 512, dtype=torch.long))
+    assert operators.questions == 1  # a mask of two axes is asked about
 
 
 def test_embedding_is_zero_after_the_last_real_token():
