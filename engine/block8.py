@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine import rounding, text_attention
 from engine.attention import WanProcessor
 from engine.linear8 import Linear8, Rounded, project
-from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
+from engine.rounding import add_gated, add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
 from engine.text_attention import attend_text_round
 
 
@@ -43,7 +43,7 @@ class Block8(WanTransformerBlock):
         seen = self.attn2(_batch(values, row_scale, x), encoder_hidden_states, None, None)[0]
         x, values, row_scale = add_norm_round(x, seen, None, 1 + feed_scale, feed_shift, self.norm3.eps)
         fed = self._feed_forward(_batch(values, row_scale, x))[0]
-        return (x.float() + fed.float() * feed_gate).type_as(x)[None]
+        return add_gated(x, fed, feed_gate)[None]
 
     def _feed_forward(self, rounded: Rounded) -> Tensor:
         *_, widen, narrow = _rounded_layers(self)
@@ -136,6 +136,16 @@ def install(model: nn.Module, device: str) -> tuple[str, ...]:
         block.attn1.set_processor(OnePassProcessor(block.attn1.processor))
         block.attn2.set_processor(to_text(block.attn2.processor))
     return () if problem is None else (f"the text attention kernels are not used: {problem}",)
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether `install` would make all blocks of a transformer Block8 on a card whose kernels prove themselves."""
+    return all(_fits(block) for block in model.get_submodule("blocks").children())
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether all blocks of a transformer are Block8."""
+    return all(isinstance(block, Block8) for block in model.get_submodule("blocks").children())
 
 
 def _fits(block: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Why. Eager kernels write every intermediate to memory; fused ones do not. On an H200 a forward of the bf16 14B model
 goes from 3.1 s to 2.7 s, a better attention kernel included, and with 8-bit layers the rounding of the activations
 disappears into what precedes it: an eager 8-bit forward takes 3.1 s, twice that beside a compiler, and a compiled one
-2.15 s.
+2.15 s. Blocks whose passes are fused by hand (engine.block8) have nothing to gain but launches.
 
 What. Only the block is compiled, and only its forward: 40 blocks and both experts then share one graph, which takes
 seconds where the whole model takes minutes. Hooks stay outside the graph, which the expert swap needs. Shapes are
@@ -18,6 +18,9 @@ embedded. When the first block is called and the graph is not there,
 - the job waits for it, at most PATIENCE_S in all its forwards together and once a size. A cancel is seen after that;
 - then the blocks run eagerly until the graph is there. It is taken up at the next block, in the middle of a forward.
 
+With no patience nothing is expected either: compiling begins with the first block, and takes the interpreter from
+nothing but the launches of a card that is busy.
+
 What else may happen.
 
 - A module inside a block carries a hook (a LoRA at another strength, say): the block runs eagerly, because compiled
@@ -30,6 +33,7 @@ What cannot be avoided: a first job may be partly eager, so it can differ in rou
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
@@ -48,7 +52,10 @@ MAX_GRAPHS = 8  # sizes compiled in one process; each costs seconds of a process
 # Dynamo counts graphs a code object, and both video models have the same block: leave room for two sets.
 RECOMPILE_LIMIT = 4 * MAX_GRAPHS
 MAX_REASON = 200  # characters of a compiler's message, which can be pages
-PATIENCE_S = 5.0  # what a job waits for its compiler, all sizes together
+PATIENCE_S = 5.0
+# Given to the card beside a compiler: 0.2 s of work at 832x480x81. The compiler keeps the interpreter as long at times,
+# in calls that give no turns. Of the thousand launches that the card's queue holds these are less than half.
+BLOCKS_AHEAD = 4
 
 
 class Call(NamedTuple):
@@ -89,7 +96,7 @@ class CompiledBlocks:
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`models`: transformers whose `blocks` are of one structure. `device`: where they compute; None: where they
-        are.
+        are. `patience_s`: what a job waits for its graphs, all sizes together.
 
         Raises:
             ValueError: the blocks are not of one structure.
@@ -107,7 +114,8 @@ class CompiledBlocks:
         self._artefacts = artefacts
         self._graphs: dict[Call, BlockGraph] = {}
         self._refused: set[Call] = set()
-        self._patience_s = self._patience_left_s = patience_s
+        self.patience_s = self._patience_left_s = patience_s
+        self._ends: deque[torch.cuda.Event] = deque()  # of blocks that were given to the card
         self._wait_s, self._calls, self._eager_calls = 0.0, 0, 0
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         run = self._run
@@ -131,7 +139,7 @@ class CompiledBlocks:
 
     def begin_job(self) -> None:
         """A job begins: it may wait as long as every job may."""
-        self._patience_left_s = self._patience_s
+        self._patience_left_s = self.patience_s
 
     def expect(self, args: tuple[Specs, ...]) -> None:
         """Begin to compile for blocks that will be called with such arguments, in the mode that is on now.
@@ -179,8 +187,20 @@ class CompiledBlocks:
         self._eager_calls += 1
         out = self._eager(block, *args)
         if any(graph.is_working for graph in self._graphs.values()):
-            _let_others_run(out)
+            self._let_others_run(out)
         return out
+
+    def _let_others_run(self, out: Tensor) -> None:
+        """Wait here, where waiting gives the interpreter away, while the card has BLOCKS_AHEAD blocks before it.
+
+        A thread that fills the card's launch queue blocks inside the launch and may keep the interpreter: the compiler
+        would get a share of it only between two forwards.
+        """
+        if out.is_cuda:
+            self._ends.append(torch.cuda.Event(blocking=True))
+            self._ends[-1].record(torch.cuda.current_stream(out.device))
+            if len(self._ends) > BLOCKS_AHEAD:
+                self._ends.popleft().synchronize()
 
     def _graph(self, call: Call, block: nn.Module) -> BlockGraph | None:
         """The graph for a call, begun if it is not there. None: this size runs eagerly for good."""
@@ -238,16 +258,6 @@ class CompiledBlocks:
         reason = " ".join(str(problem).split())[:MAX_REASON] or type(problem).__name__
         self.notes.append(f"blocks run uncompiled for {call.tokens} tokens: {reason}")
         log.warning("%s", self.notes[-1])
-
-
-def _let_others_run(out: Tensor) -> None:
-    """Wait for the card here, where waiting gives the interpreter away.
-
-    A thread that fills the card's launch queue blocks inside the launch and may keep the interpreter: the compiler
-    would get a share of it only between two forwards. 40 waits a forward cost some milliseconds.
-    """
-    if out.is_cuda:
-        torch.cuda.current_stream(out.device).synchronize()
 
 
 def _has_inner_hooks(block: nn.Module) -> bool:

@@ -136,6 +136,18 @@ def _norm_rotate_kernel(x_at: tl.tensor, weight_at: tl.tensor, cos_at: tl.tensor
     tl.store(out_at + row * width + columns, turned.to(out_at.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _add_gated_kernel(x_at: tl.tensor, added_at: tl.tensor, gate_at: tl.tensor, sum_at: tl.tensor,
+                      width: tl.constexpr, block: tl.constexpr) -> None:  # fmt: skip
+    columns = tl.arange(0, block)
+    inside = columns < width
+    here = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(added_at + here, mask=inside, other=0.0).to(tl.float32)
+    gated = added * tl.load(gate_at + columns, mask=inside, other=0.0)
+    tl.store(sum_at + here, (x + gated).to(sum_at.dtype.element_ty), mask=inside)
+
+
 def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
     return _rounded(_plain_round_kernel, x)
 
@@ -158,6 +170,13 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float)
         x, weight, cos, sin, out, width, _block(width), cos.shape[1], eps, num_warps=_warps(width)
     )
     return out
+
+
+def add_gated(x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+    total = torch.empty_like(x)
+    rows, width = x.shape
+    _add_gated_kernel[(rows,)](x, added, gate, total, width, _block(width), num_warps=_warps(width))
+    return total
 
 
 def norm_round(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from engine.artefacts import Artefacts
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
 from engine.card import Levers
-from engine.compiling import Account, CompiledBlocks
+from engine.compiling import PATIENCE_S, Account, CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
 from engine.linear8_check import SelfTest, self_tested
@@ -40,16 +40,22 @@ class Accelerated:
     _inputs: Remembered[tuple[LatentShape, int], tuple[Specs, ...]] = field(default_factory=Remembered, repr=False)
 
     def expect(self, latents: Iterable[LatentShape], image_tokens: int = 0) -> None:
-        """A job begins that will run over latents of these shapes: compile for them, the first one first.
+        """A job begins that will run over latents of these shapes: compile for them if it is to wait for that.
 
         `image_tokens`: of the picture's embedding, for a model that takes one. Weights need not be there.
         """
         if self.blocks is None:
             return
         self.blocks.begin_job()
-        device = self.blocks.device
+        if self.blocks.patience_s:
+            self.compile_for(latents, image_tokens)
+
+    def compile_for(self, latents: Iterable[LatentShape], image_tokens: int = 0) -> None:
+        """Begin to compile for latents of these shapes, the first one first, where blocks are compiled."""
+        if self.blocks is None:
+            return
         for latent in dict.fromkeys(latents):
-            ask = partial(block_inputs, self.model, latent, device, image_tokens)
+            ask = partial(block_inputs, self.model, latent, self.blocks.device, image_tokens)
             # The question takes 25 ms of a slow host, before a warm job's first work on the card.
             self.blocks.expect(self._inputs.get((latent, image_tokens), ask))
 
@@ -120,7 +126,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     is_compiled = levers.compile and device.startswith("cuda")
     if levers.cache_dir is not None:
         keep_kernels(levers.cache_dir)
-    if is_compiled:
+    if is_compiled and not all(block8.fits(model) for model in models):
         start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
     choice = attention.choose(device, levers.attention, width=attention.head_width(models[0]))
     said = dict.fromkeys(choice.notes)
@@ -132,7 +138,10 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
         return Accelerated(choice.name, None, notes, models[0])
     variant = f"{precision_of(models[0])}-{choice.name}"
     artefacts = None if levers.cache_dir is None else Artefacts(levers.cache_dir, variant)
-    return Accelerated(choice.name, CompiledBlocks(models, artefacts, device=device), notes, models[0])
+    # What is fused by hand takes as long without a graph: 25 launches a block, of which the card takes 50 ms.
+    patience_s = 0.0 if all(block8.is_installed(model) for model in models) else PATIENCE_S
+    blocks = CompiledBlocks(models, artefacts, device=device, patience_s=patience_s)
+    return Accelerated(choice.name, blocks, notes, models[0])
 
 
 def precision_of(model: nn.Module) -> str:

@@ -54,7 +54,7 @@ def compile_ahead(accelerated: Accelerated, latents: Sequence[LatentShape], imag
         raise SettingsError("compiling ahead needs the card that will serve, and WORKER_COMPILE not turned off")
     with torch.inference_mode():
         for latent in latents:
-            accelerated.expect([latent], image_tokens)
+            accelerated.compile_for([latent], image_tokens)
             blocks.wait()
             accelerated.model(**model_inputs(accelerated.model, latent, blocks.device, image_tokens))
             log.info("compiled for %d tokens", latent.tokens)

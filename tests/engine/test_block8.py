@@ -95,15 +95,15 @@ def test_install_keeps_the_kernel_of_each_attention():
 
 
 @pytest.mark.parametrize(("image_dim", "to_text"), [(None, "attend_text_round"), (DIM, "plain_round")])
-def test_block_norms_and_turns_and_rounds_for_to_out_in_one_pass_each(given, image_dim, to_text, monkeypatch):
+def test_block_norms_and_turns_and_rounds_for_to_out_and_ends_in_one_pass_each(given, image_dim, to_text, monkeypatch):
     model = Holder("fp8", image_dim)
     install(model, "cuda")
     called = []
-    for name in ("norm_rotate", "plain_round", "attend_text_round"):
+    for name in ("norm_rotate", "plain_round", "attend_text_round", "add_gated"):
         one_pass = getattr(block8, name)
         monkeypatch.setattr(block8, name, lambda *args, n=name, f=one_pass: called.append(n) or f(*args))
     model.blocks[0](**given)
-    assert called == ["norm_rotate", "norm_rotate", "plain_round", to_text]
+    assert called == ["norm_rotate", "norm_rotate", "plain_round", to_text, "add_gated"]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_default_patience_is_what_a_first_job_may_lose():
 
 def test_eager_blocks_leave_the_interpreter_to_the_compiler_only_while_it_works(monkeypatch):
     gate, model, waits = Gate(), make_wan(0, layers=3), []
-    monkeypatch.setattr(compiling, "_let_others_run", lambda _out: waits.append(1))
+    monkeypatch.setattr(CompiledBlocks, "_let_others_run", lambda *_: waits.append(1))
     blocks = CompiledBlocks([model], backend=gate, patience_s=0.0)
     forward(model)
     assert len(waits) == 3
@@ -137,6 +138,32 @@ def test_eager_blocks_leave_the_interpreter_to_the_compiler_only_while_it_works(
     blocks.wait()
     forward(model)
     assert len(waits) == 3
+
+
+def test_eager_blocks_are_waited_for_with_some_more_before_the_card(monkeypatch):
+    done, number = [], iter(range(9))
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # a processor that spins is one less for the compiler
+            self.number = next(number)
+
+        def record(self, stream):
+            done.append(("given", self.number, stream))
+
+        def synchronize(self):
+            done.append(("waited", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    gate, model = Gate(), make_wan(0, layers=1)
+    blocks = CompiledBlocks([model], backend=gate, patience_s=0.0)
+    for _ in range(6):
+        blocks._let_others_run(SimpleNamespace(is_cuda=True, device="cuda:0"))
+    stream = "stream of cuda:0"
+    assert done == [
+        *[("given", i, stream) for i in range(5)], ("waited", 0), ("given", 5, stream), ("waited", 1),
+    ]  # fmt: skip
 
 
 def test_compilation_that_was_skipped_behind_is_tried_again():

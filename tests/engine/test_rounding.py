@@ -7,7 +7,7 @@ from torch.nn import functional
 from engine import rounding
 from engine.attention import rotate
 from engine.linear8 import KINDS, round_rows
-from engine.rounding import add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
+from engine.rounding import add_gated, add_norm_round, gelu_round, norm_rotate, norm_round, plain_round
 
 EPS = 1e-6
 
@@ -80,6 +80,12 @@ def test_add_norm_round_norms_the_sum_that_it_returns(rows, gated):
     assert torch.equal(scale, expected_scale)
 
 
+def test_add_gated_rounds_the_sum_once(rows):
+    added, gate = draw(5, 48, seed=3).to(torch.bfloat16), draw(48, seed=4)
+    made = add_gated(rows, added, gate)
+    assert torch.equal(made, (rows.double() + added.double() * gate.double()).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("kind", ["plain", "gelu", "norm"])
 def test_a_row_with_a_nan_becomes_nan_and_no_other_does(rows, kind):
     rows[1, 3] = float("nan")
@@ -100,13 +106,14 @@ def test_every_operator_has_a_fake_of_its_shapes_and_types(rows, turn):
     torch.library.opcheck(gelu_round, (rows,))
     torch.library.opcheck(norm_round, (rows, weight, weight, EPS))
     torch.library.opcheck(add_norm_round, (rows, rows.clone(), None, weight, weight, EPS))
+    torch.library.opcheck(add_gated, (rows, rows.clone(), weight))
 
 
 def test_problem_is_none_for_the_right_arithmetic():
     assert rounding.problem.__wrapped__("cpu") is None
 
 
-@pytest.mark.parametrize("name", ["plain_round", "gelu_round", "norm_round", "norm_rotate"])
+@pytest.mark.parametrize("name", ["plain_round", "gelu_round", "norm_round", "norm_rotate", "add_gated"])
 def test_problem_names_a_wrong_result(name, monkeypatch):
     right = getattr(rounding, name)
     monkeypatch.setattr(rounding, name, lambda x, *rest: right(x.flip(-1), *rest))

@@ -11,6 +11,7 @@ import torch
 
 from engine import attention, speed
 from engine.attention import WanProcessor
+from engine.compiling import PATIENCE_S
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
 from engine.linear8_check import SelfTest
@@ -74,7 +75,9 @@ def test_question_what_blocks_are_called_with_is_put_once_a_size(monkeypatch):
         return latent, device
 
     monkeypatch.setattr(speed, "block_inputs", block_inputs)
-    blocks = SimpleNamespace(device=torch.device("cpu"), begin_job=lambda: told.append("job"), expect=told.append)
+    blocks = SimpleNamespace(
+        device=torch.device("cpu"), patience_s=1.0, begin_job=lambda: told.append("job"), expect=told.append
+    )
     done = speed.Accelerated("native", blocks, (), make_wan(0))
     small, large = LatentShape(2, 4, 4), LatentShape(3, 4, 4)
     for latents in ([small], [large, small, large], [small]):
@@ -84,6 +87,37 @@ def test_question_what_blocks_are_called_with_is_put_once_a_size(monkeypatch):
     cpu = torch.device("cpu")
     jobs = [["job", (small, cpu)], ["job", (large, cpu), (small, cpu)], ["job", (small, cpu)], ["job", (small, cpu)]]
     assert told == [word for job in jobs for word in job]
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Devices whose compiler's workers were started, and a card that is none."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(speed, "start_workers", started.append)
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: attention.Choice("native", (), "native"))
+    monkeypatch.setattr(speed.rounding, "problem", lambda _device: None)
+    monkeypatch.setattr(speed.text_attention, "problem", lambda _device: None)
+    return started
+
+
+@pytest.mark.parametrize("problem", [None, "they fail"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_nobody_waits_for_a_graph_of_blocks_that_are_fused_by_hand(workers, precision, problem, monkeypatch):
+    monkeypatch.setattr(speed.rounding, "problem", lambda _device: problem)
+    models = [make_wan(0), make_wan(1)]
+    for model in models:
+        narrow(model, precision, "cuda", HOPPER)
+    done = accelerate(models, "cuda", Levers())
+    fits, is_fused = precision == "fp8", precision == "fp8" and problem is None
+    assert workers == ([] if fits else [torch.device("cuda")])
+    assert done.blocks.patience_s == (0.0 if is_fused else PATIENCE_S)
+    asked = []
+    monkeypatch.setattr(done.blocks, "expect", asked.append)
+    done.expect([LatentShape(2, 4, 4)])
+    assert len(asked) == (0 if is_fused else 1)
+    done.compile_for([LatentShape(2, 4, 4)])
+    assert len(asked) == (1 if is_fused else 2)
 
 
 def test_order_of_the_levers_ends_in_experts_that_still_run():

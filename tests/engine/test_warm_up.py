@@ -42,14 +42,15 @@ def fresh_compiler():
     Kept.saved.clear()
 
 
-def accelerated(tmp_path, seed: int = 0, layers: int = 1) -> Accelerated:
+def accelerated(tmp_path, seed: int = 0, layers: int = 1, patience_s: float = 120.0) -> Accelerated:
     model = make_wan(seed, layers)
-    blocks = CompiledBlocks([model], Kept(tmp_path, "test"), backend="eager", patience_s=120.0)
+    blocks = CompiledBlocks([model], Kept(tmp_path, "test"), backend="eager", patience_s=patience_s)
     return Accelerated("native", blocks, (), model)
 
 
-def test_each_size_is_compiled_run_and_kept_once(tmp_path):
-    account = compile_ahead(accelerated(tmp_path), SIZES)
+@pytest.mark.parametrize("patience_s", [120.0, 0.0])
+def test_each_size_is_compiled_run_and_kept_once_also_where_no_job_would_wait(tmp_path, patience_s):
+    account = compile_ahead(accelerated(tmp_path, patience_s=patience_s), SIZES)
     assert graph_count() == 2
     assert len(set(Kept.saved)) == 2
     assert account[2:] == (0.0, 2.0)

@@ -32,6 +32,7 @@ ROUNDINGS: list[tuple[Any, dict[str, Any]]] = [
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": False}),
     (rounding_triton._norm_round_kernel, {**ROW, "eps": 1e-6, "has_added": True, "has_gate": True}),
     (rounding_triton._norm_rotate_kernel, {"width": 5120, "block": 8192, "head": 128, "eps": 1e-6}),
+    (rounding_triton._add_gated_kernel, {"width": 5120, "block": 8192}),
 ]
 TEXT = {
     "keys": 512, "heads": 40, "width": 128, "block": 128, "queries": text_attention_triton.QUERIES,

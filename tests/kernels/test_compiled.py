@@ -12,6 +12,7 @@ from engine.settings import ROOT
 PASSES = ["_norm_silu_kernel", "_norm_silu_kernel", "_add_kernel", "_double_size_kernel"]
 ROUNDINGS = [
     "_plain_round_kernel", "_gelu_round_kernel", *["_norm_round_kernel"] * 3, "_norm_rotate_kernel",
+    "_add_gated_kernel",
 ]  # fmt: skip
 WIDENING = ["_widen_kernel"]
 TEXT_ATTENTION = ["_survey_kernel", "_root_kernel", "_attend_kernel", "_attend_round_kernel"]

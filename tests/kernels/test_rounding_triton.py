@@ -164,6 +164,13 @@ def test_add_norm_round_scales_the_norm_of_the_sum_that_it_returns(width, gated)
     check(tuple(made), exact_norm(total, weight, bias))
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("wide")
+def test_add_gated_rounds_the_sum_once(width):
+    x, added, gate = draw(ROWS, width).bfloat16(), draw(ROWS, width, seed=3).bfloat16(), draw(width, seed=4)
+    assert torch.equal(rounding_triton.add_gated(x, added, gate), (x.float() + added.float() * gate).bfloat16())
+
+
 def run(name: str, module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     weight, bias = draw(width, seed=1), draw(width, seed=2)
@@ -262,7 +269,7 @@ def test_infinity_that_is_no_part_of_the_scale_would_be_the_formats_largest(chan
 
 def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What a worker's start would say of these kernels."""
-    for name in ("plain_round", "gelu_round", "norm_round", "add_norm_round", "norm_rotate"):
+    for name in ("plain_round", "gelu_round", "norm_round", "add_norm_round", "norm_rotate", "add_gated"):
         monkeypatch.setattr(rounding, name, getattr(module, name))
     return rounding.problem.__wrapped__("cpu")
 
@@ -291,12 +298,16 @@ def test_self_test_accepts_the_kernels(monkeypatch):
         ("tl.join(-odd, even)", "tl.join(-even, odd)"),
         ("row * head + columns % head", "columns % head"),
         ("row * head + columns % head", "row * head + columns * 0"),
+        ("(x + gated)", "x"),
+        ("gated = added * tl.load", "gated = added + 0 * tl.load"),
+        ("sum_at.dtype.element_ty), mask=inside)", "sum_at.dtype.element_ty), mask=columns < width - 1)"),
     ],
     ids=[
         "what is large not written", "the largest of the small", "a norm over more than the row", "no mean", "no bias",
         "no weight", "no gate", "no sum", "GELU the other way round", "the scale upside down",
         "a rotated column not written", "a mean square over more than the row", "no weight before the rotation",
-        "a rotation the other way round", "no partner", "one row's angles", "one angle",
+        "a rotation the other way round", "no partner", "one row's angles", "one angle", "no last sum", "no last gate",
+        "a last column not written",
     ],
 )  # fmt: skip
 def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..., ModuleType], monkeypatch):
