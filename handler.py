@@ -74,7 +74,7 @@ def run(
 
 
 def warm_up(payload: dict[str, Any], worker: Worker) -> None:
-    """Run a request before the first caller's, which then waits for no import, load or compiler.
+    """Run a request before the first caller's, which then waits for no import or load, and beside no compiler.
 
     No file of it is kept, and WORKER_DEADLINE_S does not end it.
 
@@ -85,6 +85,7 @@ def warm_up(payload: dict[str, Any], worker: Worker) -> None:
     with work_folder() as folder:
         here = replace(worker.settings, output_dir=folder, bucket_endpoint_url=None, in_cloud=False)
         run(payload, job_id="warm-up", worker=replace(worker, settings=here), progress=Progress())
+    worker.models.finish()
     log.info("warmed up for %s in %.1f s", payload["mode"], time.monotonic() - started)
 
 

@@ -151,6 +151,12 @@ class ModelHandler:
             if failed:
                 _give_back_cache()
 
+    def finish(self) -> None:
+        """Return once nothing works behind the jobs that have been run."""
+        with self._lock:
+            for loaded in self._loaded.values():
+                loaded.backend.finish()
+
     def unload_all(self) -> None:
         """Drop every loaded profile, the parked ones too."""
         with self._lock:

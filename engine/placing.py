@@ -106,6 +106,11 @@ class Placed:
         if self.accelerated is not None:
             self.accelerated.save()
 
+    def finish(self) -> None:
+        """Return once nothing is being compiled."""
+        if self.accelerated is not None:
+            self.accelerated.finish()
+
     @property
     def is_whole(self) -> bool:
         return all(part.is_whole for part in self._parts)

@@ -64,6 +64,11 @@ class Accelerated:
         """What compiling has cost so far; None where nothing is compiled."""
         return None if self.blocks is None else self.blocks.account
 
+    def finish(self) -> None:
+        """Return once nothing is being compiled."""
+        if self.blocks is not None:
+            self.blocks.wait()
+
     def save(self) -> bool:
         """Keep what has been compiled since the last time, for the next process. Between jobs."""
         return self.blocks is not None and self.blocks.save()

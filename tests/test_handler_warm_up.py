@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from engine.backends.wan_svi import WanSvi
 from engine.settings import Secret, Settings
 from handler import Worker, warm_up
 from model_handler import ModelHandler
 from schemas.errors import RequestTooLarge
-from tests.test_handler import IMAGE, VIDEO
+from tests.test_handler import IMAGE, SVI, VIDEO
 
 
 @pytest.fixture
@@ -41,6 +42,18 @@ def test_warm_up_leaves_the_model_and_no_file(
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("job-")] == [
         "no_folder"
     ]
+
+
+def test_warm_up_ends_when_nothing_works_behind_its_job(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+    generate, finish = WanSvi.generate, WanSvi.finish
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(WanSvi, "generate", lambda *args: story.append("job") or generate(*args))
+    monkeypatch.setattr(WanSvi, "finish", lambda backend: story.append("finish") or finish(backend))
+    warm_up(SVI, Worker(settings, ModelHandler(settings)))
+    assert story == ["job", "finish"]
 
 
 def test_warm_up_that_the_operators_bound_refuses_names_the_bound(twins: Path) -> None:

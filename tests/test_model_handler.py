@@ -70,6 +70,9 @@ class Rehearsal:
     def generate(self, task: Task, progress: Progress) -> Images | Frames:
         return self._act(task, progress)
 
+    def finish(self) -> None:
+        self.weights.story.append("finish")
+
     def unload(self) -> None:
         self.weights.unload()
 

@@ -46,6 +46,9 @@ class Backend(Protocol):
     def weights(self) -> Parkable:
         """All tensors of its models that are on the card between jobs: what leaves it when another profile needs it."""
 
+    def finish(self) -> None:
+        """Return once nothing works behind the last job: a graph may take longer than the job it was begun for."""
+
     def unload(self) -> None:
         """Give every byte back: host, card and caches."""
 

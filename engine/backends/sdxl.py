@@ -121,6 +121,9 @@ class Sdxl:
             pictures = [image_to_uint8(image) for image in decoded.split(1)]
         return Images(pictures, (*self._unread(request), *_scaled(picture, pictures[0])))
 
+    def finish(self) -> None:
+        """Nothing ever does: forwards are recorded within the job."""
+
     def unload(self) -> None:
         self.weights.unload()
         self._parts.clear()

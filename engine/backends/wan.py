@@ -68,6 +68,9 @@ class Wan:
     def weights(self) -> Parkable:
         return self._placed
 
+    def finish(self) -> None:
+        self._placed.finish()
+
     def unload(self) -> None:
         self._placed.unload()
         del self._placed, self._memo, self._prompts, self._pictures

@@ -75,6 +75,9 @@ class WanLightning:
     def weights(self) -> Parkable:
         return self._placed
 
+    def finish(self) -> None:
+        self._placed.finish()
+
     def unload(self) -> None:
         self._placed.unload()
         del self._placed, self._memo, self._prompts

@@ -131,6 +131,9 @@ class WanSvi:
     def weights(self) -> Parkable:
         return self._placed
 
+    def finish(self) -> None:
+        self._placed.finish()
+
     def unload(self) -> None:
         self._placed.unload()
         del self._memo, self._placed, self._prompts

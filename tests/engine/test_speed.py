@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -11,13 +12,14 @@ import torch
 
 from engine import attention, speed
 from engine.attention import WanProcessor
-from engine.compiling import PATIENCE_S
+from engine.compiling import PATIENCE_S, CompiledBlocks
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
 from engine.linear8_check import SelfTest
 from engine.proof import Proof
 from engine.settings import ROOT
 from engine.speed import Levers, accelerate, narrow, precision_of, prove_ahead
+from tests.engine.compiled_wan import Gate
 from tests.engine.tiny_wan import make_wan, wan_inputs
 
 HOPPER = SelfTest(("fp8", "int8"), ())
@@ -64,7 +66,18 @@ def test_accelerate_on_a_cpu_chooses_native_and_compiles_nothing():
     assert (done.attention, done.blocks, done.notes, done.save()) == ("native", None, (), False)
     assert {type(processor) for processor in model.attn_processors.values()} == {WanProcessor}
     done.expect([LatentShape(2, 4, 4)])
+    done.finish()
     assert done.account is None
+
+
+def test_finish_waits_for_what_is_being_compiled():
+    gate, model = Gate(), make_wan(0)
+    done = speed.Accelerated("native", CompiledBlocks([model], backend=gate, patience_s=0.0), (), model)
+    done.compile_for([LatentShape(2, 4, 4)])
+    threading.Timer(0.2, gate.is_open.set).start()
+    assert done.blocks.ready == 0
+    done.finish()
+    assert done.blocks.ready == 1
 
 
 def test_question_what_blocks_are_called_with_is_put_once_a_size(monkeypatch):
