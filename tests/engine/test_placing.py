@@ -278,7 +278,8 @@ def test_8_bits_of_a_wide_bake_are_rounded_from_whole_tensors(
             assert torch.equal(forward(model), forward(wanted))
     assert_equal(made.vae, by_the_library("vae", twins))
     read = [path.parent.name for path in dict.fromkeys(path for path, _, _ in disk.reads)]
-    assert read == ["transformer", "transformer_2", "wan_vae", "umt5_xxl"]
+    assert read[:2] == ["transformer", "transformer_2"]
+    assert {*read[2:]} == {"wan_vae", "umt5_xxl"}  # read beside each other, so either may begin
 
 
 def test_failure_of_the_second_expert_is_raised_by_the_job_that_waits_for_it(
