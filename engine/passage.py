@@ -16,4 +16,6 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """
     if torch.device(device).type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Not tensor.pin_memory(), which fails where places share their memory, as those of an expanded mask do.
+    locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return locked.to(device, non_blocking=True)

@@ -143,7 +143,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
         return Accelerated(choice.name, None, notes, models[0])
     variant = f"{precision_of(models[0])}-{choice.name}"
     artefacts = None if levers.cache_dir is None else Artefacts(levers.cache_dir, variant)
-    # What is fused by hand takes as long without a graph: 25 launches a block, of which the card takes 50 ms.
+    # What is fused by hand takes as long without a graph: 2.01 s a forward at 832x480x81 on an H200, 2.00 with one.
     patience_s = 0.0 if all(block8.is_installed(model) for model in models) else PATIENCE_S
     blocks = CompiledBlocks(models, artefacts, device=device, patience_s=patience_s)
     return Accelerated(choice.name, blocks, notes, models[0])

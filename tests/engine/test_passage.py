@@ -19,6 +19,18 @@ def test_tensor_that_is_where_it_is_wanted_stays_as_it_is() -> None:
     assert to_device(tensor, "cpu") is tensor
 
 
+def test_tensor_whose_places_share_memory_is_sent_as_one_whose_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is expanded; without a card, so nothing is locked and nothing leaves the host."""
+    empty, sent = torch.empty, list[tuple[str, bool]]()
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **named: pin_memory and empty(*args, **named))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, *, non_blocking: sent.append((device, non_blocking)) or x)
+    mask = torch.tensor([True, False, True]).expand(4, 3)
+    made = to_device(mask, "cuda")
+    assert sent == [("cuda", True)]
+    assert made.is_contiguous()
+    assert torch.equal(made, mask)
+
+
 @contextmanager
 def never_waiting() -> Iterator[None]:
     """Inside the block, whoever makes the host wait for the card fails."""
@@ -40,7 +52,9 @@ def test_values_arrive_in_the_order_of_the_cards_work() -> None:
         sent = [to_device(torch.full((1000,), float(i)), "cuda") for i in range(100)]
         with pytest.raises(RuntimeError, match="synchronizing"):
             torch.zeros(1000).to("cuda")  # what the plain way does
+        expanded = to_device(torch.ones(1, 1, 1, 512, dtype=torch.bool).expand(1, 1, 512, 512), "cuda")
     assert [float(each.sum()) for each in sent] == [1000.0 * i for i in range(100)]
+    assert bool(expanded.all())
 
 
 @pytest.mark.gpu
