@@ -5,8 +5,9 @@
 
 Before each reading but one the files are dropped from the page cache. A fresh process runs a job and --repeats warm
 ones through handler.run, first with an empty folder of compiled graphs, then with the one it left, then as a worker
-that was started again on its machine, which has the files in memory, then with them dropped and warmed up as
-WORKER_WARM_UP asks before its first job is timed. Then `dd` reads the files one after the other, and a process of its
+that was started again on its machine, which has the files in memory, then with them dropped and, before its first job
+is timed, left waiting until libraries and files are there (apps/standby.py), or warmed up as WORKER_WARM_UP asks. Then
+`dd` reads the files one after the other, and a process of its
 own reads them to where they work, and nothing else. Each figure is said and kept when it is there. The weights stay for
 next time. Packages should have their bytecode, as pip leaves it in an image: modules without it are counted.
 """
@@ -51,7 +52,8 @@ def _measure_all(args: argparse.Namespace, scratch: Path) -> int:
         "cold_cache": lambda: _child(args, "jobs", scratch),
         "warm_cache": lambda: _child(args, "jobs", scratch),
         RESTARTED: lambda: _child(args, "jobs", scratch),
-        "warmed_up": lambda: _child(args, "jobs", scratch, "--warm-up"),
+        "waited": lambda: _child(args, "jobs", scratch, "--before", "standby"),
+        "warmed_up": lambda: _child(args, "jobs", scratch, "--before", "warm-up"),
         "dd_s": lambda: dd(files),
         "read": lambda: _child(args, "read", scratch),
     }
@@ -103,6 +105,7 @@ def table(result: dict[str, Any]) -> str:
         "cold_cache": "cold compile cache",
         "warm_cache": "warm compile cache",
         RESTARTED: "the same, files in memory",
+        "waited": "the same, the worker waited for it",
         "warmed_up": "the same, warmed up before it came",
     }
     for figure, start in starts.items():
@@ -130,7 +133,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--twins", type=Path, default=ROOT / "weights" / "tiny")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "cold" / "cold.json")
     parser.add_argument("--child", choices=["bake", "read", "jobs"], help=argparse.SUPPRESS)
-    parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--before", choices=["standby", "warm-up"], help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     return parser
 
@@ -212,7 +215,9 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
         settings = _settings(args, Path(folder))
         worker = Worker(settings, ModelHandler(settings))
         SPARES.keep(CHILDREN)  # as handler.main does
-        if args.warm_up:
+        if args.before == "standby":
+            _stand_by(settings)
+        elif args.before == "warm-up":
             from apps.warm_up_request import warm_up_request
 
             warm_up({**warm_up_request(MODE), **changes}, worker)
@@ -231,6 +236,16 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
         "warm_timings_s": timings[-1], "loads": worker.models.loads,
         "modules": len(modules), "without_bytecode": len(_written_since(modules, begun)),
     }  # fmt: skip
+
+
+def _stand_by(settings: Any) -> None:
+    """As a worker that waits for its first job long enough."""
+    from apps.standby import get_ready
+    from engine.readahead import ReadAhead
+
+    get_ready(settings)
+    if ReadAhead.last is not None:
+        ReadAhead.last.join()
 
 
 def _bytecode() -> list[Path]:

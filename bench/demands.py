@@ -171,6 +171,7 @@ DEMANDS = (
     Demand("first job, warm compile cache: 1.35 of a warm one", lambda f: _first(f, "warm_cache", 0.0)),
     Demand("first job, files in memory: 1.35 of a warm one", lambda f: _first(f, "restarted", 0.0)),
     Demand("first job, cold compile cache: 1.35 of a warm one + 5 s", lambda f: _first(f, "cold_cache", 5.0)),
+    Demand("first job, waited for: 1.35 of a warm one", lambda f: _first(f, "waited", 0.0)),
     Demand("first job, warmed up before it: 1.35 of a warm one", lambda f: _first(f, "warmed_up", 0.0)),
     Demand("weights read: 80 % of dd", _read),
     Demand("exact track: 3 times as fast as plain", lambda f: _times(_arm(f, "svi", "plain"), _arm(f, "exact"), 3.0)),

@@ -38,7 +38,8 @@ class ReadAhead:
     The first step, if any, is taken before the constructor returns; the rest ends by itself, or with `stop`.
     """
 
-    _last: "ClassVar[ReadAhead | None]" = None
+    last: "ClassVar[ReadAhead | None]" = None
+    """The one that was begun last, if it was not stopped for another."""
     _is_owed: ClassVar[bool] = False
 
     @classmethod
@@ -47,12 +48,12 @@ class ReadAhead:
 
         One is at work already if a worker has read ahead of its first job, or a job has ended before its load.
         """
-        if cls._last is not None and cls._last._files != list(files):
-            cls._last.stop()
-            cls._last = None
-        if cls._last is None and (begins or cls._is_owed):
-            cls._last, cls._is_owed = cls(files), False
-        return cls._last
+        if cls.last is not None and cls.last._files != list(files):
+            cls.last.stop()
+            cls.last = None
+        if cls.last is None and (begins or cls._is_owed):
+            cls.last, cls._is_owed = cls(files), False
+        return cls.last
 
     @classmethod
     def owe(cls) -> None:
@@ -84,11 +85,15 @@ class ReadAhead:
         """Read no further; does not wait for what is under way."""
         self._stopped.set()
 
+    def join(self) -> None:
+        """Wait until the threads are gone."""
+        for thread in self._threads:
+            thread.join()
+
     def stop(self) -> None:
         """Read no further, and wait until the threads are gone."""
         self.end()
-        for thread in self._threads:
-            thread.join()
+        self.join()
 
     def _steps(self) -> Iterator[None]:
         """A thread's: whatever steps nobody has taken, one after the other."""

@@ -28,7 +28,7 @@ from engine.profiles import PROFILES
 from engine.readahead import ReadAhead
 
 here = {name: name in sys.modules for name in ("torch", "diffusers", "engine.backends.wan_svi", "engine.backends.sdxl")}
-ready = ReadAhead._last
+ready = ReadAhead.last
 if ready is not None:
     [thread.join() for thread in ready._threads]
 parts = weights.locate(PROFILES["wan22_i2v_svi"], settings).parts()

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from apps import standby
 from bench import cold
 from bench.random_bake import write_bake
 from engine.profiles import PROFILES
+from engine.progress import Progress
+from engine.readahead import ReadAhead
 from engine.settings import Settings
 from engine.weights import locate
 from tests.engine.disk import readers
@@ -33,7 +36,7 @@ def weights(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def args(weights: Path, twins: Path, tmp_path: Path) -> Namespace:
     return Namespace(
         weights=weights, twins=twins, precision="fp8", cap_gib=44.5, cache_dir=tmp_path / "graphs", repeats=1,
-        small=True, warm_up=False, started=0.0, json=tmp_path / "cold.json",
+        small=True, before=None, started=0.0, json=tmp_path / "cold.json",
     )  # fmt: skip
 
 
@@ -95,10 +98,29 @@ def test_jobs_load_once_and_tell_their_parts(args: Namespace) -> None:
 
 
 def test_warmed_up_worker_has_loaded_before_its_first_job(args: Namespace) -> None:
-    args.warm_up = True
+    args.before = "warm-up"
     told = cold._jobs(args)
     assert told["loads"] == 1
     assert "load_read" not in told["timings_s"]
+
+
+def test_worker_that_waits_has_its_files_read_to_the_end_and_loads_nothing(
+    args: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = list[str]()
+
+    def get_ready(_: Settings) -> None:
+        story.append("ready")
+        monkeypatch.setattr(ReadAhead, "last", ReadAhead([]))
+
+    monkeypatch.setattr(standby, "get_ready", get_ready)
+    monkeypatch.setattr(ReadAhead, "join", lambda _: story.append("join"))
+    monkeypatch.setattr(cold, "_progress", lambda: story.append("job") or Progress())
+    args.before = "standby"
+    told = cold._jobs(args)
+    assert story[:3] == ["ready", "join", "job"]
+    assert told["loads"] == 1
+    assert "load_read" in told["timings_s"]
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not kept", "kept"])
@@ -147,7 +169,7 @@ def test_table_sets_the_figures_against_each_other() -> None:
     result = {
         "bytes": 36_000_000_000, "dd_s": 12.0, "read": {"bytes": 36_000_000_000, "read_s": 15.0, "card_s": 0.7},
         "cold_cache": job, "warm_cache": {**job, "first_s": 12.0}, "restarted": {**job, "first_s": 11.0},
-        "warmed_up": {**job, "first_s": 10.0},
+        "waited": {**job, "first_s": 10.5}, "warmed_up": {**job, "first_s": 10.0},
     }  # fmt: skip
     assert cold.table(result).splitlines() == [
         "weights                 36.00 GB",
@@ -160,6 +182,9 @@ def test_table_sets_the_figures_against_each_other() -> None:
         "16.00 s after the process was started",
         "  of it load 5.00; 2 of 9 modules had no bytecode",
         "first job, the same, files in memory: 11.00 s, 1.10 times a warm one (10.00 s); "
+        "16.00 s after the process was started",
+        "  of it load 5.00; 2 of 9 modules had no bytecode",
+        "first job, the same, the worker waited for it: 10.50 s, 1.05 times a warm one (10.00 s); "
         "16.00 s after the process was started",
         "  of it load 5.00; 2 of 9 modules had no bytecode",
         "first job, the same, warmed up before it came: 10.00 s, 1.00 times a warm one (10.00 s); "
@@ -191,7 +216,7 @@ def test_figure_that_cannot_be_had_leaves_the_others(
 ) -> None:
     (tmp_path / "x").write_bytes(bytes(1000))
     asked: list[tuple[str, ...]] = []
-    jobs = iter([subprocess.CalledProcessError(1, "jobs"), {"first_s": 1.0}, {"first_s": 0.7}, {"first_s": 0.5}])
+    jobs = iter([subprocess.CalledProcessError(1, "jobs"), *({"first_s": 1.0 - 0.1 * i} for i in range(4))])
 
     def child(_: Namespace, what: str, scratch: Path, *more: str) -> dict[str, Any]:
         asked.append((what, *more))
@@ -205,11 +230,12 @@ def test_figure_that_cannot_be_had_leaves_the_others(
     assert cold._measure_all(args, tmp_path) == 1
     kept = json.loads(args.json.read_text())
     assert (list(kept), kept["warm_cache"]) == (
-        ["bytes", "warm_cache", "restarted", "warmed_up", "dd_s", "read"],
+        ["bytes", "warm_cache", "restarted", "waited", "warmed_up", "dd_s", "read"],
         {"first_s": 1.0},
     )
     drop, jobs_ = ("drop",), ("jobs",)
     assert asked == [
-        ("bake",), drop, jobs_, drop, jobs_, jobs_, drop, ("jobs", "--warm-up"), drop, drop, ("read",)
+        ("bake",), drop, jobs_, drop, jobs_, jobs_, drop, ("jobs", "--before", "standby"), drop,
+        ("jobs", "--before", "warm-up"), drop, drop, ("read",)
     ]  # fmt: skip
     assert "cold_cache: Command 'jobs' returned" in capsys.readouterr().err

@@ -178,12 +178,12 @@ def test_it_goes_on_until_who_reads_for_good_has_reached_it(files: list[Path], m
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Readers that end when they are stopped; none from before the test, none after it."""
-    monkeypatch.setattr(ReadAhead, "_last", None)
+    monkeypatch.setattr(ReadAhead, "last", None)
     monkeypatch.setattr(ReadAhead, "_is_owed", False)
     monkeypatch.setattr(ReadAhead, "_steps", lambda self: iter(lambda: self._stopped.wait(0.01), True))
     yield
-    if ReadAhead._last is not None:
-        ReadAhead._last.stop()
+    if ReadAhead.last is not None:
+        ReadAhead.last.stop()
 
 
 def at_work() -> list[threading.Thread]:
