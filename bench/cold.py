@@ -7,9 +7,9 @@ Before each reading but one the files are dropped from the page cache. A fresh p
 ones through handler.run, first with an empty folder of compiled graphs, then with the one it left, then as a worker
 that was started again on its machine, which has the files in memory, then with them dropped and, before its first job
 is timed, left waiting until libraries and files are there (apps/standby.py), or warmed up as WORKER_WARM_UP asks. Then
-`dd` reads the files one after the other, and a process of its
-own reads them to where they work, and nothing else. Each figure is said and kept when it is there. The weights stay for
-next time. Packages should have their bytecode, as pip leaves it in an image: modules without it are counted.
+`dd` reads the files one after the other, and a process of its own reads them to where they work, and nothing else. Each
+figure is said and kept when it is there. The weights stay for next time. Packages should have their bytecode, as pip
+leaves it in an image: modules without it are counted.
 """
 
 import argparse
