@@ -41,3 +41,12 @@ def test_pictures_of_a_job_are_drawn_before_its_clock_begins(
     with pytest.raises(InterruptedError):
         getattr(cells._Jobs, asked)(SimpleNamespace(arm=arm, watch=Watch()), None, None)
     assert seen == ["picture", "picture", "clock"]
+
+
+def test_film_of_a_job_is_deleted_after_its_clock_has_stopped(arm: Arm) -> None:
+    films = Path(arm._films.name)
+    assert [path.name for path in films.rglob("*.mp4")] == ["video.mp4"]
+    arm.draw()
+    assert list(films.iterdir()) == []
+    arm.close()
+    assert not films.exists()
