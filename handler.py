@@ -74,7 +74,7 @@ def run(
 
 
 def warm_up(payload: dict[str, Any], worker: Worker) -> None:
-    """Run a request before the first caller's, which then waits for no import or load, and beside no compiler.
+    """Run a request before the first caller's, which then waits for no import or load and has no compiler beside it.
 
     No file of it is kept, and WORKER_DEADLINE_S does not end it.
 
