@@ -12,7 +12,7 @@ import torch
 from bench.jobs import CAP_GIB, GIB, located
 from bench.trace import trace
 from bench.watch import Sample, Watch, sample
-from engine.linear8_check import self_test
+from engine.linear8_check import passing
 from engine.namesake import import_diffusers
 from engine.settings import Settings
 
@@ -110,7 +110,7 @@ def _vae(cell: Cell) -> Any:
 
 
 def _accuracy(cell: Cell) -> Any:
-    return import_module("bench.accuracy").compare(lambda: _transformer(cell), self_test("cuda").passed)
+    return import_module("bench.accuracy").compare(lambda: _transformer(cell), passing("cuda"))
 
 
 def _work(cell: Cell) -> Any:

@@ -20,7 +20,7 @@ from bench.say import say
 from bench.trace import ON_CARD, record, sort_of
 from bench.work import TERA, forward_work
 from engine.card import Levers
-from engine.linear8_check import self_test
+from engine.linear8_check import passing
 from engine.speed import accelerate, narrow, precision_of
 
 SHOWN = 15
@@ -73,7 +73,7 @@ class Profile:
 @torch.inference_mode()
 def profile(model: nn.Module, given: dict[str, Any]) -> Profile:
     """One warm forward with every lever pulled; the dearest kernels and the rest as one line."""
-    for kind in self_test("cuda").passed[:1]:
+    for kind in passing("cuda")[:1]:
         narrow(model, kind, "cuda")
     accelerated = accelerate([model], "cuda", Levers())
     assert accelerated.blocks is not None, "it compiles on a card"

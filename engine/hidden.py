@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-UNUSED = ("peft", "scipy", "sklearn", "torchvision")
+from engine.answers import packages_by_name, whole_caches
+
+UNUSED = ("peft", "scipy", "sklearn", "torchaudio", "torchvision")
 
 
 def answer_for_unused() -> None:
     """Have both libraries ask. What has asked before, or been imported, is not changed."""
-    with hidden(*UNUSED):
+    with hidden(*UNUSED), packages_by_name():
         importlib.import_module("diffusers.utils.import_utils")  # asks as it is imported
-        transformers = importlib.import_module("transformers.utils")
+        with whole_caches():
+            transformers = importlib.import_module("transformers.utils")
         for name in UNUSED:
             getattr(transformers, f"is_{name}_available")()
 

@@ -1,20 +1,19 @@
 """Whether the 8-bit kernels of `linear8` work here, whether they ran, and how far their results are off.
 
 A kernel can be missing from a build, wrong on a card, or skipped without a word; each has happened to others. So a
-card proves itself at start: every fast kernel multiplies small numbers and is compared with the float32 value of the
+fast kernel proves itself before it is used: it multiplies small numbers and is compared with the float32 value of the
 same 8-bit operands, and one that fails is left out and said. `kernel_calls` is the check for later: what really ran.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.linear8 import KINDS, Kind, Linear8, round_rows, widened_product
+from engine.proof import Proof
 
 FAST_KINDS = ("fp8", "int8")  # in the order of preference
 # The fast product against its own float32 value. What the card's accumulator loses must stay below what rounding to
@@ -22,50 +21,17 @@ FAST_KINDS = ("fp8", "int8")  # in the order of preference
 MIN_SNR_DB = 28.0
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    """Which fast kinds a device really has, and a sentence for each that was refused."""
-
-    passed: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def best(self) -> str:
-        """What to quantise to on this device."""
-        return self.passed[0] if self.passed else "fp8-weights"
-
-    def kind_for(self, stored: str) -> str:
-        """How to multiply weights baked as `stored` (fp8 or int8): fast if that passed, else widened."""
-        return stored if stored in self.passed else f"{stored}-weights"
-
-
-def self_test(device: str, kinds: Mapping[str, Kind] = KINDS) -> SelfTest:
-    """Multiply on the device with each fast kernel and compare with float32; a kernel that errs is left out
-    and said.
+@Proof
+def problem(device: str, name: str) -> str | None:
+    """Why the fast kernel of a kind of linear8 is not to be used on this device, or None: its products are compared
+    with float32, once a process.
 
     The numbers are drawn and compared there too: on the host that took most of a second of a first job. A CPU has no
-    fast kernel, so nothing passes there.
+    fast kernel.
     """
-    passed, notes = [], []
-    for name in FAST_KINDS:
-        problem = _problem(device, kinds[name])
-        if problem is None:
-            passed.append(name)
-        else:
-            notes.append(f"8-bit kernel {name} is not used: {problem}")
-    return SelfTest(tuple(passed), tuple(notes))
-
-
-@cache
-def self_tested(device: str) -> SelfTest:
-    """`self_test`, once a process and device: two experts need not wait for it twice."""
-    return self_test(device)
-
-
-def _problem(device: str, kind: Kind) -> str | None:
     if torch.device(device).type != "cuda":
         return "the device is no CUDA card"
-    have = torch.cuda.get_device_capability(device)
+    kind, have = KINDS[name], torch.cuda.get_device_capability(device)
     if kind.capability is None or have < kind.capability:
         return f"compute capability {have[0]}.{have[1]} is too low"
     try:
@@ -75,6 +41,11 @@ def _problem(device: str, kind: Kind) -> str | None:
         said, *_ = str(error).partition("\n")
         return f"the kernel fails ({said})"
     return None if min(ratios) >= MIN_SNR_DB else f"its result is off (SNR {min(ratios):.1f} dB)"
+
+
+def passing(device: str) -> tuple[str, ...]:
+    """The fast kinds whose kernels pass on this device."""
+    return tuple(name for name in FAST_KINDS if problem(device, name) is None)
 
 
 def product_snr_db(kind: Kind, rows: int, in_features: int, out_features: int, device: str) -> float:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from engine import attention, block8, rounding, text_attention, widening
+from engine import attention, block8, linear8_check, rounding, text_attention, widening
 from engine.artefacts import Artefacts
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
@@ -22,7 +22,6 @@ from engine.card import Levers
 from engine.compiling import PATIENCE_S, Account, CompiledBlocks
 from engine.geometry import LatentShape
 from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
-from engine.linear8_check import SelfTest, self_tested
 from engine.remembered import Remembered
 from engine.settings import keep_kernels
 from engine.shadow import Specs
@@ -81,6 +80,7 @@ def prove_ahead(precision: str, device: str, levers: Levers) -> None:
         return
     if levers.cache_dir is not None:
         keep_kernels(levers.cache_dir)  # before anything compiles
+    linear8_check.problem.begin(device, precision)
     try:
         import_triton()
     except Exception:  # noqa: BLE001 whatever it is, who asks for a kernel finds it out, and says so
@@ -102,7 +102,7 @@ def import_triton() -> None:
     driver.active.get_current_target()
 
 
-def narrow(model: nn.Module, precision: str | None, device: str, tested: SelfTest | None = None) -> tuple[str, ...]:
+def narrow(model: nn.Module, precision: str | None, device: str) -> tuple[str, ...]:
     """Put the model's linear layers into 8 bits, multiplied as `device` can; returns what should be said.
 
     `precision`: fp8 or int8; None or bf16: as loaded. A model baked in 8 bits only gets its way of
@@ -115,12 +115,12 @@ def narrow(model: nn.Module, precision: str | None, device: str, tested: SelfTes
     if not stored and precision in (None, "bf16"):
         return ()
     wanted = stored.pop() if stored else str(precision)
-    tested = tested or self_tested(device)
     if precision not in (None, "bf16", wanted):
         raise ValueError(f"the model is baked in {wanted}; it cannot become {precision}")
     replace_linears(model, wanted)
-    set_kind(model, tested.kind_for(wanted))
-    return tested.notes if wanted not in tested.passed else ()
+    problem = linear8_check.problem(device, wanted)
+    set_kind(model, wanted if problem is None else f"{wanted}-weights")  # the fast kernel, or made wide
+    return () if problem is None else (f"8-bit kernel {wanted} is not used: {problem}",)
 
 
 def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Accelerated:

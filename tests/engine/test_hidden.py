@@ -10,7 +10,7 @@ import pytest
 from engine.hidden import hidden
 from tests.conftest import ROOT
 
-PACKAGES = ("peft", "scipy", "sklearn", "torchvision")
+PACKAGES = ("peft", "scipy", "sklearn", "torchaudio", "torchvision")
 
 BACKENDS = """
 import sys

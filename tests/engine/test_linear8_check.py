@@ -10,13 +10,14 @@ from engine import linear8_check
 from engine.linear8 import KINDS, Linear8
 from engine.linear8_check import (
     MIN_SNR_DB,
-    SelfTest,
     kernel_calls,
     layer_snr_db,
+    passing,
+    problem,
     product_snr_db,
-    self_test,
     snr_db,
 )
+from engine.proof import Proof
 
 
 def make_linear(outliers: float = 1.0) -> nn.Linear:
@@ -70,15 +71,39 @@ def test_snr_is_minus_infinity_for_nan():
     assert snr_db(torch.ones(2), torch.tensor([1.0, float("nan")])) == float("-inf")
 
 
-def test_self_test_leaves_a_cpu_with_widened_weights():
-    result = self_test("cpu")
-    assert (result.passed, result.best, result.kind_for("int8")) == ((), "fp8-weights", "int8-weights")
-    assert len(result.notes) == 2
+@pytest.fixture
+def hopper(monkeypatch):
+    """A card that is not there, whose kernels have proved nothing yet."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(linear8_check, "problem", Proof(problem.__wrapped__))
 
 
-def test_self_test_prefers_what_passed():
-    result = SelfTest(("int8",), ())
-    assert (result.best, result.kind_for("int8"), result.kind_for("fp8")) == ("int8", "int8", "fp8-weights")
+def test_cpu_has_no_fast_kernel():
+    assert problem("cpu", "fp8") == problem("cpu", "int8") == "the device is no CUDA card"
+    assert passing("cpu") == ()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_each_kind_is_tested_when_it_is_asked_for(monkeypatch):
+    tested = []
+
+    def multiplied(kind, *_):
+        tested.append(kind)
+        return MIN_SNR_DB if kind is KINDS["int8"] else MIN_SNR_DB - 1
+
+    monkeypatch.setattr(linear8_check, "product_snr_db", multiplied)
+    assert linear8_check.problem("cuda", "int8") is None
+    assert tested == [KINDS["int8"]] * 2
+    assert linear8_check.problem("cuda", "fp8") == "its result is off (SNR 27.0 dB)"
+    assert passing("cuda") == ("int8",)
+    assert len(tested) == 4
+
+
+@pytest.mark.usefixtures("hopper")
+def test_card_without_the_kernel_tries_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    assert linear8_check.problem("cuda", "fp8") == "compute capability 8.6 is too low"
+    assert linear8_check.problem("cuda", "int8-weights") == "compute capability 8.6 is too low"
 
 
 def test_product_snr_passes_a_right_kernel_and_catches_a_wrong_one():
@@ -106,16 +131,15 @@ def test_numbers_are_drawn_where_they_are_multiplied(monkeypatch):
     assert drawn == [("cpu", "cpu")] * 3
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("said", "told"), [("no kernel\nat all", "no kernel"), ("", "")])
-def test_self_test_leaves_out_a_kernel_that_fails_whatever_it_says(said, told, monkeypatch):
+def test_kernel_that_fails_is_left_out_whatever_it_says(said, told, monkeypatch):
     def broken(*_):
         raise RuntimeError(said)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(linear8_check, "product_snr_db", broken)
-    result = self_test("cuda")
-    assert result.passed == ()
-    assert result.notes[0] == f"8-bit kernel fp8 is not used: the kernel fails ({told})"
+    assert linear8_check.problem("cuda", "fp8") == f"the kernel fails ({told})"
+    assert passing("cuda") == ()
 
 
 def test_kernel_calls_counts_what_ran_and_sees_a_silent_detour():

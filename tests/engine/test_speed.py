@@ -10,20 +10,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import attention, speed
+from engine import attention, linear8_check, speed
 from engine.attention import WanProcessor
 from engine.compiling import PATIENCE_S, CompiledBlocks
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
-from engine.linear8_check import SelfTest
 from engine.proof import Proof
 from engine.settings import ROOT
 from engine.speed import Levers, accelerate, narrow, precision_of, prove_ahead
 from tests.engine.compiled_wan import Gate
 from tests.engine.tiny_wan import make_wan, wan_inputs
 
-HOPPER = SelfTest(("fp8", "int8"), ())
-TURING = SelfTest((), ("8-bit kernel fp8 is not used: too old",))
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A card whose 8-bit kernels pass."""
+    monkeypatch.setattr(linear8_check, "problem", lambda _device, _kind: None)
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """A card without 8-bit kernels."""
+    monkeypatch.setattr(linear8_check, "problem", lambda _device, _kind: "too old")
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
@@ -39,25 +47,29 @@ def test_precision_is_that_of_most_weights():
     assert precision_of(model) == "bfloat16"
 
 
+@pytest.mark.usefixtures("hopper")
 def test_narrow_uses_the_fast_kernel_where_it_passed():
     model = make_wan(0)
-    assert narrow(model, "int8", "cuda", HOPPER) == ()
+    assert narrow(model, "int8", "cuda") == ()
     assert precision_of(model) == "int8"
 
 
+@pytest.mark.usefixtures("turing")
 def test_narrow_widens_the_weights_where_no_kernel_passed_and_says_so():
     model = make_wan(0)
-    assert narrow(model, "fp8", "cuda", TURING) == TURING.notes
+    assert narrow(model, "fp8", "cuda") == ("8-bit kernel fp8 is not used: too old",)
     assert precision_of(model) == "fp8-weights"
 
 
-def test_narrow_keeps_the_format_of_a_bake():
+@pytest.mark.usefixtures("hopper")
+def test_narrow_keeps_the_format_of_a_bake(monkeypatch):
     model = make_wan(0)
-    narrow(model, "fp8", "cuda", HOPPER)
-    narrow(model, None, "cuda", TURING)
+    narrow(model, "fp8", "cuda")
+    monkeypatch.setattr(linear8_check, "problem", lambda _device, kind: f"no {kind}")
+    assert narrow(model, None, "cuda") == ("8-bit kernel fp8 is not used: no fp8",)
     assert precision_of(model) == "fp8-weights"
     with pytest.raises(ValueError, match="baked in fp8"):
-        narrow(model, "int8", "cuda", HOPPER)
+        narrow(model, "int8", "cuda")
 
 
 def test_accelerate_on_a_cpu_chooses_native_and_compiles_nothing():
@@ -114,13 +126,14 @@ def workers(monkeypatch):
     return started
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("problem", [None, "they fail"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_nobody_waits_for_a_graph_of_blocks_that_are_fused_by_hand(workers, precision, problem, monkeypatch):
     monkeypatch.setattr(speed.rounding, "problem", lambda _device: problem)
     models = [make_wan(0), make_wan(1)]
     for model in models:
-        narrow(model, precision, "cuda", HOPPER)
+        narrow(model, precision, "cuda")
     done = accelerate(models, "cuda", Levers())
     fits, is_fused = precision == "fp8", precision == "fp8" and problem is None
     assert workers == ([] if fits else [torch.device("cuda")])
@@ -133,10 +146,11 @@ def test_nobody_waits_for_a_graph_of_blocks_that_are_fused_by_hand(workers, prec
     assert len(asked) == (1 if is_fused else 2)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_order_of_the_levers_ends_in_experts_that_still_run():
     models = {"high": make_wan(0), "low": make_wan(1)}
     for model in models.values():
-        narrow(model, "fp8", "cpu", HOPPER)
+        narrow(model, "fp8", "cpu")
     with torch.inference_mode():
         expected = {name: model(**wan_inputs()).sample for name, model in models.items()}
         experts = RollingExperts(models, "cpu")
@@ -175,7 +189,7 @@ def begun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(speed, "import_triton", lambda: None)
     asked = []
-    for module in (speed.rounding, speed.text_attention, speed.widening):
+    for module in (linear8_check, speed.rounding, speed.text_attention, speed.widening):
         proof = Proof(module.problem.__wrapped__)
         monkeypatch.setattr(proof, "begin", lambda *of, name=module.__name__: asked.append((name, *of)))
         monkeypatch.setattr(module, "problem", proof)
@@ -184,10 +198,14 @@ def begun(monkeypatch):
 
 def test_tests_of_the_precision_are_begun_by_what_they_will_be_asked(begun, monkeypatch):
     prove_ahead("int8", "cuda:0", Levers())
-    assert begun == [("engine.widening", torch.device("cuda:0"), torch.int8)]
+    assert begun == [
+        ("engine.linear8_check", "cuda:0", "int8"),
+        ("engine.widening", torch.device("cuda:0"), torch.int8),
+    ]
     begun.clear()
     prove_ahead("fp8", "cuda", Levers())
     assert begun == [
+        ("engine.linear8_check", "cuda", "fp8"),
         ("engine.rounding", "cuda"),
         ("engine.text_attention", "cuda"),
         ("engine.widening", torch.device("cuda:1"), torch.float8_e4m3fn),
@@ -206,10 +224,10 @@ def test_kernels_of_tests_that_are_begun_are_kept_too(begun, tmp_path, monkeypat
     assert kept == [(tmp_path, [])]
 
 
-def test_nothing_is_begun_where_triton_cannot_be_had(begun, monkeypatch):
+def test_no_test_of_tritons_kernels_is_begun_where_triton_cannot_be_had(begun, monkeypatch):
     monkeypatch.setattr(speed, "import_triton", lambda: import_module("no_such_package"))
     prove_ahead("fp8", "cuda", Levers())
-    assert begun == []
+    assert begun == [("engine.linear8_check", "cuda", "fp8")]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,104 @@
+"""What libraries look up as they are imported is looked up once, and they find what they would have found."""
+
+import functools
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.answers import packages, packages_by_name, whole_caches
+from tests.engine.test_hidden import BACKENDS, PACKAGES, printed
+
+NO_LONG_WAY = """
+import importlib.metadata
+
+def packages_distributions():
+    raise AssertionError("every file of every distribution was looked for")
+
+importlib.metadata.packages_distributions = packages_distributions
+"""
+
+TOLD = f"""
+import inspect, json
+import diffusers.utils.import_utils, transformers.utils.import_utils
+
+def needs(ask):
+    return any(each.default is each.empty for each in inspect.signature(ask).parameters.values())
+
+def told(module):
+    names = [name for name in dir(module) if name.startswith("is_") and name.endswith("_available")]
+    asked = {{name: getattr(module, name) for name in names if name.split("_")[1] not in {PACKAGES}}}
+    return {{name: bool(ask()) for name, ask in asked.items() if not needs(ask)}}
+
+print(json.dumps([told(diffusers.utils.import_utils), told(transformers.utils.import_utils)]))
+"""
+
+MODELS = """
+import transformers.models
+from transformers.utils.import_utils import create_import_structure_from_path, define_import_structure
+
+folders = create_import_structure_from_path.cache_info()
+found = define_import_structure(transformers.models.__file__)
+print(sorted((sorted(needed), sorted((file, sorted(names)) for file, names in files.items()))
+             for needed, files in found.items()))
+print(folders.hits, folders.misses - folders.currsize)
+"""
+
+
+def test_no_library_goes_through_the_files_of_distributions() -> None:
+    printed(NO_LONG_WAY, BACKENDS, args=("wan22_i2v_svi", "sdxl"))
+
+
+def test_libraries_are_told_the_same_as_without() -> None:
+    ours, plain = (json.loads(printed(*before, TOLD, args=("sdxl",))) for before in ((BACKENDS,), ()))
+    assert sum(any(told.values()) for told in ours) == 2
+    assert ours == plain
+
+
+def test_models_are_looked_for_once_and_found_as_without() -> None:
+    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((BACKENDS,), ()))
+    assert ours[0] == plain[0]
+    hits, forgotten = map(int, ours[1].split())
+    assert (hits > 500, forgotten) == (True, 0)
+    assert int(plain[1].split()[1]) > 0, "transformers remembers them by itself: whole_caches can go"
+
+
+def test_package_is_found_by_what_is_declared_or_by_the_distributions_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, declared in (("pillow-1.0", "PIL\n_pil\n"), ("kornia_rs-2.0", None), ("other_pil-3.0", "PIL\n")):
+        (tmp_path / f"{folder}.dist-info").mkdir()
+        if declared is not None:
+            (tmp_path / f"{folder}.dist-info" / "top_level.txt").write_text(declared)
+    monkeypatch.setattr("sys.path", [str(tmp_path), str(tmp_path), str(tmp_path / "not_there")])
+    found = packages()
+    assert {package: sorted(names) for package, names in found.items()} == {
+        "PIL": ["other_pil", "pillow"],
+        "_pil": ["pillow"],
+        "kornia_rs": ["kornia_rs"],
+    }
+
+
+def test_python_answers_for_itself_again_after_the_block() -> None:
+    own = importlib.metadata.packages_distributions, functools.lru_cache
+    with pytest.raises(ZeroDivisionError), packages_by_name(), whole_caches():
+        assert importlib.metadata.packages_distributions is packages
+        assert functools.lru_cache is not own[1]
+        raise ZeroDivisionError
+    assert (importlib.metadata.packages_distributions, functools.lru_cache) == own
+
+
+def test_cache_with_a_size_of_its_own_keeps_it() -> None:
+    def same(x: int) -> int:
+        return x
+
+    with whole_caches():
+        made: list[Any] = [
+            functools.lru_cache(same),
+            functools.lru_cache(3)(same),
+            functools.lru_cache(maxsize=3)(same),
+            functools.lru_cache()(same),
+        ]
+    assert [each.cache_parameters()["maxsize"] for each in made] == [None, 3, 3, 128]
