@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bench.jobs import GIB
+from engine import umt5_passes
 from engine.eight_bits import KEEP_UMT5
 from engine.linear8 import KINDS, replace_linears
 from engine.linear8_check import snr_db
@@ -73,6 +74,7 @@ def measure(layers: int, words: int, tokens: int, device: str) -> list[Figures]:
             model = encoder if form == "bf16" else copy.deepcopy(encoder)
             if form != "bf16":
                 replace_linears(model, form, KEEP_UMT5)
+                umt5_passes.install(model)
             results.append(_figures(weights, form, model, (ids, mask), reference))
     return results
 

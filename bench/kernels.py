@@ -78,7 +78,8 @@ def profile(model: nn.Module, given: dict[str, Any]) -> Profile:
     accelerated = accelerate([model], "cuda", Levers())
     assert accelerated.blocks is not None, "it compiles on a card"
     model(**given)
-    accelerated.blocks.wait()
+    accelerated.end_job()
+    accelerated.finish()
     say(f"kernels: compiled, attention by {accelerated.attention}")
     for _ in range(2):
         model(**given)

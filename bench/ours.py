@@ -74,7 +74,11 @@ class Arm:
         self.notes: tuple[str, ...] = ()
 
     def draw(self) -> None:
-        """The next job's pictures; the last one's film goes. Nobody should count either as its work: 20 ms and 10."""
+        """The next job's pictures; the last one's film goes, and what it left to be compiled is there.
+
+        Nobody should count these as its work: 20 ms, 10, and seconds once.
+        """
+        self._models.finish()
         self.job.given(self._number + 1)
         for folder in Path(self._films.name).iterdir():
             shutil.rmtree(folder)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -34,13 +33,13 @@ def read_picture(picture: Image.Image, shape: VideoShape) -> Tensor:
     return from_uint8(np.asarray(fit_picture(picture, shape.height, shape.width))[None])
 
 
-def read_words(request: VideoRequest, encoder: PromptEncoder, device: torch.device) -> Words:
+def read_words(request: VideoRequest, encoder: PromptEncoder) -> Words:
     """Embed the prompt and, where guidance will read it, the negative one."""
     prompt = encoder.encode(request.prompt)
     negative: Tensor | None = None
     if request.guidance_scale > 1:  # as diffusers' pipelines decide it
-        negative = encoder.encode(request.negative_prompt or "").hidden.to(device)
+        negative = encoder.encode(request.negative_prompt or "").hidden
     notes: tuple[str, ...] = ()
     if prompt.unread_tokens:
         notes = (f"the prompt is {prompt.tokens} tokens long; the model reads the first {MAX_TOKENS}",)
-    return Words(Prompts(prompt.hidden.to(device), negative), notes)
+    return Words(Prompts(prompt.hidden, negative), notes)

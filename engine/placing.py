@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from engine import umt5_passes
 from engine.arrival import Arrival, Coming
 from engine.card import Card
 from engine.experts import Experts, FixedExperts, RollingExperts
@@ -101,10 +102,10 @@ class Placed:
         if self.passes is not None:
             self.passes.begin()
 
-    def settle(self) -> None:
-        """Between jobs: keep for the next process what this one has compiled."""
+    def end_job(self) -> None:
+        """The card has done its work for a job; see Accelerated.end_job."""
         if self.accelerated is not None:
-            self.accelerated.save()
+            self.accelerated.end_job()
 
     def finish(self) -> None:
         """Return once nothing is being compiled."""
@@ -189,6 +190,7 @@ def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str,
     movers: list[Mover] = [running] if isinstance(running, RollingExperts) else []
     uses: dict[str, Use] = {}
     for name in _encoders(loader.parts.profile):
+        umt5_passes.install(loaded[name].model)
         if name in stays:
             uses[name] = _stays(loaded[name])
         else:

@@ -46,7 +46,7 @@ class Accelerated:
         if self.blocks is None:
             return
         self.blocks.begin_job()
-        if self.blocks.patience_s:
+        if self.blocks.patience_s is not None:
             self.compile_for(latents, image_tokens)
 
     def compile_for(self, latents: Iterable[LatentShape], image_tokens: int = 0) -> None:
@@ -68,9 +68,11 @@ class Accelerated:
         if self.blocks is not None:
             self.blocks.wait()
 
-    def save(self) -> bool:
-        """Keep what has been compiled since the last time, for the next process. Between jobs."""
-        return self.blocks is not None and self.blocks.save()
+    def end_job(self) -> None:
+        """Its forwards are over: keep what has been compiled for the next process, and begin what it did not."""
+        if self.blocks is not None:
+            self.blocks.save()
+            self.blocks.end_job()
 
 
 def prove_ahead(precision: str, device: str, levers: Levers) -> None:
@@ -144,7 +146,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     variant = f"{precision_of(models[0])}-{choice.name}"
     artefacts = None if levers.cache_dir is None else Artefacts(levers.cache_dir, variant)
     # What is fused by hand takes as long without a graph: 2.01 s a forward at 832x480x81 on an H200, 2.00 with one.
-    patience_s = 0.0 if all(block8.is_installed(model) for model in models) else PATIENCE_S
+    patience_s = None if all(block8.is_installed(model) for model in models) else PATIENCE_S
     blocks = CompiledBlocks(models, artefacts, device=device, patience_s=patience_s)
     return Accelerated(choice.name, blocks, notes, models[0])
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import ftfy
+import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
-from engine.passage import to_device
+from engine.passage import to_device, to_host
 from engine.position_buckets import shared_buckets
 from engine.remembered import Remembered
 
@@ -23,7 +24,7 @@ class Embedding:
     """One prompt as the transformer reads it."""
 
     hidden: Tensor
-    """(1, 512, dim) on the CPU, of the encoder's dtype; zero after the last real token."""
+    """(1, 512, dim) where the transformer is, of the encoder's dtype; zero after the last real token."""
     tokens: int
     """Of the whole prompt, the end token included."""
 
@@ -37,24 +38,28 @@ class PromptEncoder:
     """Tokenizer, text encoder, and what they made remembered.
 
     `use_encoder` brings the encoder to where it computes for the length of a block; a remembered prompt never
-    calls it. The key is the whole cleaned prompt: two prompts share an entry only if they reach it as one.
+    calls it. The key is the whole cleaned prompt: two prompts share an entry only if they reach it as one. What is
+    remembered stays on the host. `device`: where embeddings are wanted; nobody waits for the encoder's work there.
     """
 
-    def __init__(self, tokenizer: Any, use_encoder: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, tokenizer: Any, use_encoder: Callable[[], AbstractContextManager[Any]], device: torch.device
+    ) -> None:
         self._tokenizer = tokenizer
         self._use_encoder = use_encoder
+        self._device = device
         self._remembered: Remembered[str, tuple[Tensor, int]] = Remembered()
 
     def encode(self, prompt: str) -> Embedding:
         """Embed one prompt as diffusers' WanImageToVideoPipeline does, to the last bit."""
         text = clean(prompt)
         real, tokens = self._remembered.get(text, lambda: self._compute(text))
-        hidden = real.new_zeros((1, MAX_TOKENS, real.shape[1]))
-        hidden[0, : len(real)] = real
+        hidden = real.new_zeros((1, MAX_TOKENS, real.shape[1]), device=self._device)
+        hidden[0, : len(real)].copy_(real, non_blocking=True)
         return Embedding(hidden, tokens)
 
     def _compute(self, text: str) -> tuple[Tensor, int]:
-        """The real tokens' embeddings (n <= 512, dim) on the CPU, and how many tokens the whole text has."""
+        """The real tokens' embeddings (n <= 512, dim), see passage.to_host, and how many tokens the whole text has."""
         tokens = self._tokenizer(
             text, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         )
@@ -65,8 +70,9 @@ class PromptEncoder:
                 to_device(tokens.input_ids, encoder.device),
                 None if mask is None else to_device(mask, encoder.device),
             ).last_hidden_state  # (1, 512, dim)
+            real = to_host(hidden[0, :read])
         whole = read if read < MAX_TOKENS else len(self._tokenizer(text, verbose=False).input_ids)
-        return hidden[0, :read].cpu().clone(), whole
+        return real, whole
 
 
 def _mask(encoder: Any, real: Tensor) -> Tensor | None:

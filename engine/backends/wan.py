@@ -46,7 +46,7 @@ class Wan:
         self._placed = place(profile, parts, card, {"single": "transformer"})
         self._memo = MemoEncoder(self._placed.vae)
         self._scheduler = parts.load("scheduler")
-        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
+        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"], self._device)
         self._pictures = PictureEncoder(parts.load("image_processor"), self._placed.encoders["image_encoder"])
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class Wan:
         shape = asked_shape(request, task.pictures["image_url"], task.profile.max_area)
         self._placed.expect([shape.latent()])
         with progress.stage("encode"):
-            words = read_words(request, self._prompts, self._device)
+            words = read_words(request, self._prompts)
         self._placed.forwards_begin()
         latents = self._denoise(task, request, shape, words, progress)
         return Frames(self._decoded(latents, progress, task.saves_memory), shape, request.fps, words.notes)
@@ -124,7 +124,7 @@ class Wan:
         with progress.stage("decode", steps(latents, in_tiles)) as step:
             chunks = stepped(partial(decode_chunks, self._placed.decoder), latents, in_tiles, step)
             yield from stream_uint8(chunk[0] for chunk in chunks)
-        self._placed.settle()
+        self._placed.end_job()
 
 
 class _MemoPipeline(WanImageToVideoPipeline):

@@ -42,7 +42,7 @@ class WanLightning:
         self._device = torch.device(card.device)
         self._placed = place(profile, parts, card, {phase.expert: EXPERTS[phase.expert] for phase in profile.phases})
         self._memo = MemoEncoder(self._placed.vae)
-        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
+        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"], self._device)
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Frames:
@@ -57,7 +57,7 @@ class WanLightning:
             start = read_picture(task.pictures["image_url"], shape).to(self._device)
             noise = self._noise(task.seed, shape)
             condition = start_condition(start, shape.frames, self._encode)
-            words = read_words(request, self._prompts, self._device)  # last: the text encoder is read after the VAE
+            words = read_words(request, self._prompts)  # last: the text encoder is read after the VAE
         self._placed.forwards_begin()
         with progress.stage("denoise", request.num_inference_steps) as step:
             latents = denoise(
@@ -96,7 +96,7 @@ class WanLightning:
         with progress.stage("decode", steps(latents, in_tiles)) as step:
             chunks = stepped(partial(decode_chunks, self._placed.decoder), latents, in_tiles, step)
             yield from stream_uint8(chunk[0] for chunk in chunks)
-        self._placed.settle()
+        self._placed.end_job()
 
 
 def phases_for(profile: Profile, steps: int, guidance_scale: float) -> tuple[PhaseRun, PhaseRun]:

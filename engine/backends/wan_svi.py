@@ -96,7 +96,7 @@ class WanSvi:
         self._device = torch.device(card.device)
         self._placed = place(profile, parts, card, {name: EXPERTS[name] for name in ("high", "low")})
         self._memo = MemoEncoder(self._placed.vae)
-        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"])
+        self._prompts = PromptEncoder(parts.load("tokenizer"), self._placed.encoders["text_encoder"], self._device)
 
     @torch.inference_mode()
     def generate(self, task: Task, progress: Progress) -> Frames:
@@ -157,11 +157,11 @@ class WanSvi:
         if job.schedule.is_guided:
             words = job.request.negative_prompt
             words = job.profile.negative_prompt if words is None else words
-            negative = self._prompts.encode(words).hidden.to(self._device)
+            negative = self._prompts.encode(words).hidden
         prompts, notes = [], []
         for clip in job.clips:
             embedding = self._prompts.encode(clip.prompt)
-            prompts.append(Prompts(embedding.hidden.to(self._device), negative))
+            prompts.append(Prompts(embedding.hidden, negative))
             if embedding.unread_tokens:
                 notes.append(
                     f"the prompt of clip {clip.index} is {embedding.tokens} tokens long; "
@@ -232,7 +232,7 @@ class WanSvi:
                 decoded = stepped(partial(by_layout, self._placed.decoder), latents, in_tiles, step)
                 chunks = keep(decoded, clip.kept)
                 yield from stream_uint8(chunk[0] for chunk in chunks)
-        self._placed.settle()
+        self._placed.end_job()
 
 
 def _state_after(job: Job, film: Film, scene: Scene) -> str:

@@ -65,6 +65,40 @@ def test_size_that_nobody_expected_begins_with_its_first_block():
     assert blocks.account.eager_forwards == 1.0
 
 
+def test_graph_that_no_job_waits_for_is_begun_when_its_forwards_are_over():
+    gate, model = Gate(), make_wan(0)
+    expected = forward(model)
+    blocks = CompiledBlocks([model], backend=gate, patience_s=None)
+    blocks.begin_job()
+    gate.is_open.set()
+    for _ in range(2):
+        assert torch.equal(forward(model), expected)
+    blocks.wait()
+    assert gate.threads == []
+    for _ in range(2):
+        blocks.end_job()
+        blocks.wait()
+        assert (blocks.ready, gate.threads) == (1, ["compile-behind"])
+    blocks.begin_job()
+    assert torch.equal(forward(model), expected)
+    assert (blocks.account.eager_forwards, blocks.account.compiled_forwards) == (2.0, 1.0)
+    forward(model, height=8)
+    blocks.end_job()
+    blocks.wait()
+    assert (blocks.ready, graph_count()) == (2, 2)
+
+
+def test_sizes_beyond_the_most_graphs_are_begun_by_no_job_end(monkeypatch):
+    monkeypatch.setattr(compiling, "MAX_GRAPHS", 1)
+    model = make_wan(0)
+    blocks = CompiledBlocks([model], backend="eager", patience_s=None)
+    for height in (4, 8, 4, 8):
+        forward(model, height)
+        blocks.end_job()
+        blocks.wait()
+    assert (graph_count(), blocks.ready, len(blocks.notes)) == (1, 1, 1)
+
+
 def test_cold_cache_serves_eagerly_once_the_patience_is_spent():
     """The compiler is held until the eager forwards are done: if the job waited for it, this would never end."""
     gate, model = Gate(), make_wan(0)

@@ -1,22 +1,26 @@
 """A small tensor reaches a card that is at work, and the host waits for none of that work."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from engine.conditioning import Given, condition
 from engine.memo_encode import MemoEncoder
-from engine.passage import to_device
+from engine.passage import to_device, to_host
 from engine.vae import denormalise, encode_norm
 from tests.engine.svi_parts import pixels, tiny_vae
+from tests.engine.waiting import never_waiting
 
 
 def test_tensor_that_is_where_it_is_wanted_stays_as_it_is() -> None:
     tensor = torch.arange(5)
     assert to_device(tensor, "cpu") is tensor
+
+
+def test_copy_on_the_host_is_a_copy() -> None:
+    tensor = torch.arange(5)
+    copy = to_host(tensor)
+    tensor.zero_()
+    assert copy.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_tensor_whose_places_share_memory_is_sent_as_one_whose_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,18 +35,6 @@ def test_tensor_whose_places_share_memory_is_sent_as_one_whose_do_not(monkeypatc
     assert torch.equal(made, mask)
 
 
-@contextmanager
-def never_waiting() -> Iterator[None]:
-    """Inside the block, whoever makes the host wait for the card fails."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it does not find all of them
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.gpu
 def test_values_arrive_in_the_order_of_the_cards_work() -> None:
     busy = torch.randn(4096, 4096, device="cuda")
@@ -53,7 +45,11 @@ def test_values_arrive_in_the_order_of_the_cards_work() -> None:
         with pytest.raises(RuntimeError, match="synchronizing"):
             torch.zeros(1000).to("cuda")  # what the plain way does
         expanded = to_device(torch.ones(1, 1, 1, 512, dtype=torch.bool).expand(1, 1, 512, 512), "cuda")
+        back = [to_host(each) for each in sent]
+        again = [each.to("cuda", non_blocking=True) for each in back]
     assert [float(each.sum()) for each in sent] == [1000.0 * i for i in range(100)]
+    assert all(torch.equal(each, wanted) for each, wanted in zip(again, sent, strict=True))
+    assert all(each.is_pinned() for each in back)
     assert bool(expanded.all())
 
 

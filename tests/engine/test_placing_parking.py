@@ -25,6 +25,7 @@ from engine.profiles import PROFILES
 from engine.progress import Progress
 from engine.residency import GIB, plan
 from engine.settings import Settings
+from engine.umt5_passes import OnePassNorm
 from engine.vae import decode_chunks
 from engine.weights import locate
 from tests.engine.disk import Disk, readers
@@ -198,6 +199,12 @@ def test_fault_in_the_middle_of_a_return_leaves_only_unloading_and_a_load_anew_i
     again = placed(card_gib)
     assert is_same(job(again), expected)
     assert_equal(again.vae, by_the_library("vae", twins))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_text_encoder_has_passes_of_its_own_in_8_bits_alone(precision: str, placed: Callable[..., Placed]) -> None:
+    with placed(200.0, precision).encoders["text_encoder"]() as encoder:
+        assert any(isinstance(module, OnePassNorm) for module in encoder.modules()) is (precision == "fp8")
 
 
 def test_passes_are_chosen_beside_the_forwards_and_not_by_the_load(

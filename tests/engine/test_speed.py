@@ -75,16 +75,17 @@ def test_narrow_keeps_the_format_of_a_bake(monkeypatch):
 def test_accelerate_on_a_cpu_chooses_native_and_compiles_nothing():
     model = make_wan(0)
     done = accelerate([model], "cpu", Levers())
-    assert (done.attention, done.blocks, done.notes, done.save()) == ("native", None, (), False)
+    assert (done.attention, done.blocks, done.notes) == ("native", None, ())
     assert {type(processor) for processor in model.attn_processors.values()} == {WanProcessor}
     done.expect([LatentShape(2, 4, 4)])
+    done.end_job()
     done.finish()
     assert done.account is None
 
 
 def test_finish_waits_for_what_is_being_compiled():
     gate, model = Gate(), make_wan(0)
-    done = speed.Accelerated("native", CompiledBlocks([model], backend=gate, patience_s=0.0), (), model)
+    done = speed.Accelerated("native", CompiledBlocks([model], backend=gate, patience_s=None), (), model)
     done.compile_for([LatentShape(2, 4, 4)])
     threading.Timer(0.2, gate.is_open.set).start()
     assert done.blocks.ready == 0
@@ -137,7 +138,7 @@ def test_nobody_waits_for_a_graph_of_blocks_that_are_fused_by_hand(workers, prec
     done = accelerate(models, "cuda", Levers())
     fits, is_fused = precision == "fp8", precision == "fp8" and problem is None
     assert workers == ([] if fits else [torch.device("cuda")])
-    assert done.blocks.patience_s == (0.0 if is_fused else PATIENCE_S)
+    assert done.blocks.patience_s == (None if is_fused else PATIENCE_S)
     asked = []
     monkeypatch.setattr(done.blocks, "expect", asked.append)
     done.expect([LatentShape(2, 4, 4)])

@@ -5,9 +5,11 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 
+from engine.scheduler import ReferenceEuler, reference_timesteps
 from engine.text import PromptEncoder, clean
 from tests.engine.operators import Operators
 from tests.engine.svi_parts import tiny_text_encoder, tiny_tokenizer
+from tests.engine.waiting import never_waiting
 
 FOX = "a red fox runs"
 
@@ -21,7 +23,7 @@ def prompt_encoder():
     def use_encoder():
         yield model
 
-    return PromptEncoder(tiny_tokenizer(), use_encoder), calls
+    return PromptEncoder(tiny_tokenizer(), use_encoder, torch.device("cpu")), calls
 
 
 def stock(prompt):
@@ -77,6 +79,36 @@ def test_encoder_is_launched_without_a_question(prompt, monkeypatch):
     assert operators.questions == 0
     watched(torch.zeros(1, 512, dtype=torch.long), torch.ones(1, 512, dtype=torch.long))
     assert operators.questions == 1  # a mask of two axes is asked about
+
+
+def test_embedding_is_made_where_it_is_wanted_and_remembered_on_the_host():
+    encoder, _ = prompt_encoder()
+    encoder._device = torch.device("meta")
+    assert encoder.encode(FOX).hidden.device.type == "meta"
+    (remembered,) = encoder._remembered._values.values()
+    assert (remembered[0].device.type, len(remembered[0])) == ("cpu", 5)
+
+
+@pytest.mark.gpu
+def test_words_reach_the_transformer_without_the_host_waiting_for_the_card():
+    on_card, wanted = tiny_text_encoder().to("cuda"), stock(FOX)
+
+    @contextmanager
+    def use_encoder():
+        yield on_card
+
+    encoder = PromptEncoder(tiny_tokenizer(), use_encoder, torch.device("cuda"))
+    encoder.encode("warm")  # what is made once
+    busy = torch.randn(4096, 4096, device="cuda")
+    with torch.inference_mode(), never_waiting():
+        for _ in range(50):
+            busy = busy @ busy
+        made, known = encoder.encode(FOX), encoder.encode(FOX)
+        scheduler = ReferenceEuler(shift=3.0)
+        scheduler.set_timesteps(6, "cuda")
+    assert torch.equal(made.hidden, known.hidden)
+    assert (made.hidden.cpu() - wanted).abs().max() < 1e-4
+    assert scheduler.timesteps.tolist() == pytest.approx(reference_timesteps(6, 3.0))
 
 
 def test_embedding_is_zero_after_the_last_real_token():

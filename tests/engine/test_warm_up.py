@@ -42,13 +42,13 @@ def fresh_compiler():
     Kept.saved.clear()
 
 
-def accelerated(tmp_path, seed: int = 0, layers: int = 1, patience_s: float = 120.0) -> Accelerated:
+def accelerated(tmp_path, seed: int = 0, layers: int = 1, patience_s: float | None = 120.0) -> Accelerated:
     model = make_wan(seed, layers)
     blocks = CompiledBlocks([model], Kept(tmp_path, "test"), backend="eager", patience_s=patience_s)
     return Accelerated("native", blocks, (), model)
 
 
-@pytest.mark.parametrize("patience_s", [120.0, 0.0])
+@pytest.mark.parametrize("patience_s", [120.0, 0.0, None])
 def test_each_size_is_compiled_run_and_kept_once_also_where_no_job_would_wait(tmp_path, patience_s):
     account = compile_ahead(accelerated(tmp_path, patience_s=patience_s), SIZES)
     assert graph_count() == 2
@@ -62,10 +62,10 @@ def test_one_block_ahead_is_what_a_job_on_all_blocks_looks_for(tmp_path):
     whole = accelerated(tmp_path, seed=1, layers=4)
     with torch.inference_mode():
         whole.model(**wan_inputs())
-    assert not whole.save()  # nothing is new
+    assert not whole.blocks.save()  # nothing is new
     with torch.inference_mode():
         whole.model(**wan_inputs(height=8))
-    assert whole.save()
+    assert whole.blocks.save()
 
 
 def test_size_that_cannot_be_compiled_is_an_error(tmp_path):

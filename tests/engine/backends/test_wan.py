@@ -125,6 +125,13 @@ def test_frames_are_decoded_without_gradients_and_leave_the_readers_mode_alone(w
         assert torch.is_inference_mode_enabled()
 
 
+def test_job_ends_for_the_compiler_when_its_frames_are_decoded(wan: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+    monkeypatch.setattr(wan._placed, "end_job", lambda: seen.append("end"))
+    frames_of(wan.generate(task(wan, SMALL), Progress(lambda update: seen.append(update.stage))))
+    assert list(dict.fromkeys(seen)) == ["encode", "denoise", "decode", "end"]
+
+
 def test_decoder_is_prepared_beside_the_forwards(wan: Wan, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[str]()
     monkeypatch.setattr(wan._placed, "forwards_begin", lambda: seen.append("decoder"))

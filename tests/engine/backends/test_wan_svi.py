@@ -565,6 +565,13 @@ def test_films_encoder_is_imported_while_the_forwards_run(backend, monkeypatch):
     assert list(dict.fromkeys(seen)) == ["encode", "denoise", "av", "decode"]
 
 
+def test_job_ends_for_the_compiler_when_its_frames_are_decoded(backend, monkeypatch):
+    seen = list[str]()
+    monkeypatch.setattr(backend._placed, "end_job", lambda: seen.append("end"))
+    run(backend, progress=Progress(lambda update: seen.append(update.stage)))
+    assert list(dict.fromkeys(seen)) == ["encode", "denoise", "decode", "end"]
+
+
 def test_decoder_is_prepared_beside_the_forwards(backend, monkeypatch):
     seen = list[str]()
     monkeypatch.setattr(backend._placed, "forwards_begin", lambda: seen.append("decoder"))
