@@ -50,6 +50,10 @@ COPY . .
 # As pip did for the packages: without it Python translates the worker's own files anew at every start.
 RUN python -m compileall -q apps engine schemas *.py
 
+# The worker's own kernels, which a first job's card would wait for: 15 s of two cores. Workers read them where they are
+# written here, whatever WORKER_CACHE_DIR is.
+RUN python builder/compile_kernels.py --output kernels
+
 # What this image holds, by name, version and hash: packages, Debian's, weights.
 RUN python builder/write_sbom.py --output sbom.cdx.json
 

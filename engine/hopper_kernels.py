@@ -1,4 +1,4 @@
-"""The kernels of engine.attention_hopper: compiled, or as an earlier process of this machine has kept them.
+"""The kernels of engine.attention_hopper: compiled, or as an earlier process or the image's build has kept them.
 
 A kept one is a shared library with the card's code in it. To load it takes milliseconds and none of CuTe, which needs a
 second of imports on a slow host and 3 to 5 to compile. Linked, because CuTe's own way to read what it exports begins
@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.artefacts import card_name, replace_file, version_of
+from engine.artefacts import replace_file, version_of
 from engine.settings import cute_dir
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,9 @@ KERNELS = {
     "attention16": "engine.attention16_hopper:Attention16",
 }
 SOURCES = ("attention_hopper", "attention_weights", "attention_reach")  # of every kernel, besides its own
-PACKAGES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")  # another version of one of them makes another library
+# Another version of one of them makes another library; the second one's name says for which CUDA it compiles.
+PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi")
+ARCHITECTURE = "sm_90a"  # of every Hopper: the card's name decides nothing, and where libraries are made there is none
 NAME = "attend"  # of the function in a library
 LINK_TIMEOUT_S = 30.0
 
@@ -42,15 +44,34 @@ def hopper_kernel(name: str) -> Callable[..., None]:
         return kept
     made = compile_kernel(name)
     if folder is not None:
-        _keep(made, folder, name)
+        try:
+            keep(made, folder, name)
+        except Exception as error:  # noqa: BLE001 CuTe has errors of its own, and the kernel works whether kept or not
+            log.warning("the kernel of %s could not be kept (%s)", name, type(error).__name__)
     function: Callable[..., None] = made
     return function
 
 
 def compile_kernel(name: str) -> Any:
-    """For any number of queries, keys and heads; needs no card where CUTE_DSL_ARCH names one. 3 to 5 s."""
+    """For any number of queries, keys and heads; needs no card where CUTE_DSL_ARCH is ARCHITECTURE. 3 to 5 s."""
     module, of = KERNELS[name].split(":")
     return getattr(import_module(module), of)().compiled()
+
+
+def keep(made: Any, folder: Path, name: str) -> Path:
+    """Write what `compile_kernel` made as a library into `folder`, for `hopper_kernel` of later processes.
+
+    Raises:
+        Exception: there is no compiler, no room, or CuTe has something to say.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch) / "library.so"
+        _link(made, library)
+        content = library.read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_stem(name)}-{_digest(content)}.so"
+    replace_file(path, content)
+    return path
 
 
 def _stem(name: str) -> str:
@@ -58,7 +79,7 @@ def _stem(name: str) -> str:
     own = KERNELS[name].split(":")[0].removeprefix("engine.")
     here = Path(__file__).parent
     sources = [_digest((here / f"{file}.py").read_bytes()) for file in (own, *SOURCES)]
-    parts = [*sources, card_name(), *(f"{package} {version_of(package)}" for package in PACKAGES)]
+    parts = [*sources, ARCHITECTURE, *(f"{package} {version_of(package)}" for package in PACKAGES)]
     return f"{name}-{_digest('|'.join(parts).encode())}"
 
 
@@ -79,18 +100,6 @@ def _load(folder: Path, name: str) -> Callable[..., None] | None:
         else:
             return function
     return None
-
-
-def _keep(made: Any, folder: Path, name: str) -> None:
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            library = Path(scratch) / "library.so"
-            _link(made, library)
-            content = library.read_bytes()
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / f"{_stem(name)}-{_digest(content)}.so", content)
-    except Exception as error:  # noqa: BLE001 CuTe has errors of its own, and the kernel works whether kept or not
-        log.warning("the kernel of %s could not be kept (%s)", name, type(error).__name__)
 
 
 def _link(made: Any, library: Path) -> None:

@@ -241,25 +241,29 @@ class Settings:
             raise SettingsError(f"WORKER_PRECISION is {self.precision!r}, not bf16, fp8 or int8")
 
 
+IMAGE_KERNELS = ROOT / "kernels"
+"""What builder/compile_kernels.py has written, laid out as keep_kernels has it. Not the image's WORKER_CACHE_DIR: where
+the root file system is read-only, a mount hides that."""
 CUTE_DIR = "SVI_WORKER_CUTE_DIR"  # the variable behind cute_dir
 
 
-def keep_kernels(folder: Path) -> None:
+def keep_kernels(folder: Path) -> bool:
     """Let Triton, flash-attn-4 and engine.hopper_kernels keep in `folder` what they compile, if it can be written.
 
     The first two listen to the environment alone, flash-attn-4 when it is imported: call it before. Neither compiles
-    anything where it cannot write.
+    anything where it cannot write. Returns whether they do.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return
+        return False
     if not os.access(folder, os.W_OK):
-        return
+        return False
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
     os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder / "flash4")
     os.environ[CUTE_DIR] = str(folder / "cute")
+    return True
 
 
 def cute_dir() -> Path | None:

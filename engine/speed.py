@@ -21,9 +21,10 @@ from engine.block_inputs import block_inputs
 from engine.card import Levers
 from engine.compiling import PATIENCE_S, Account, CompiledBlocks
 from engine.geometry import LatentShape
+from engine.image_kernels import lend
 from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
 from engine.remembered import Remembered
-from engine.settings import keep_kernels
+from engine.settings import IMAGE_KERNELS, keep_kernels
 from engine.shadow import Specs
 
 
@@ -80,8 +81,7 @@ def prove_ahead(precision: str, device: str, levers: Levers) -> None:
     kind = KINDS.get(precision)
     if kind is None or kind.capability is None or torch.cuda.get_device_capability(device) < kind.capability:
         return
-    if levers.cache_dir is not None:
-        keep_kernels(levers.cache_dir)  # before anything compiles
+    _find_kernels(levers)
     linear8_check.problem.begin(device, precision)
     try:
         import_triton()
@@ -93,6 +93,12 @@ def prove_ahead(precision: str, device: str, levers: Levers) -> None:
     number = torch.device(device).index
     card = torch.device("cuda", torch.cuda.current_device() if number is None else number)  # as tensors have it
     widening.problem.begin(card, kind.dtype)
+
+
+def _find_kernels(levers: Levers) -> None:
+    """Before anything compiles: what is kept, and what came with the image, is found, and what is compiled is kept."""
+    if levers.cache_dir is not None and keep_kernels(levers.cache_dir):
+        lend(IMAGE_KERNELS, levers.cache_dir)
 
 
 def import_triton() -> None:
@@ -131,8 +137,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     `models`: those that run; of rolling experts that is the one model whose storage they share.
     """
     is_compiled = levers.compile and device.startswith("cuda")
-    if levers.cache_dir is not None:
-        keep_kernels(levers.cache_dir)
+    _find_kernels(levers)
     if is_compiled and not all(block8.fits(model) for model in models):
         start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
     choice = attention.choose(device, levers.attention, width=attention.head_width(models[0]))

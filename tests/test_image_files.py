@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from engine.profiles import BAKES, PROFILES, resolve
-from engine.settings import ROOT, Settings
+from engine.settings import IMAGE_KERNELS, ROOT, Settings
 from engine.twins import write_upstream
 from schemas.input_schema import parse_request
 from tests.soak.footprint import ALLOCATOR
@@ -214,6 +214,14 @@ def test_image_holds_the_bytecode_of_every_module_that_the_worker_runs(tmp_path:
     subprocess.run(["sh", "-c", " ".join(compiling.words)], cwd=tmp_path, env=bare, check=True)
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.pyc")}
     assert written == {Path(cache_from_source(file.relative_to(ROOT))) for file in run}
+
+
+def test_kernels_are_compiled_from_the_code_that_runs_and_where_no_mount_hides_them() -> None:
+    (compiling,) = [step for step in steps("RUN", "worker") if "builder/compile_kernels.py" in step.words]
+    assert dockerfile().index(compiling) > dockerfile().index(Step("worker", "COPY", [".", "."]))
+    assert compiling.words[2:] == ["--output", str(IMAGE_KERNELS.relative_to(ROOT))]
+    made_to_be_written = next(step.words for step in steps("RUN", "worker") if "mkdir" in step.words)
+    assert IMAGE_KERNELS.name not in made_to_be_written
 
 
 def test_worker_is_offline_quiet_and_its_memory_can_grow() -> None:

@@ -115,7 +115,7 @@ def test_kernels_are_kept_where_their_libraries_look(tmp_path: Path, monkeypatch
     flash4 = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
     for name in ("TRITON_CACHE_DIR", CUTE_DIR, *flash4):
         monkeypatch.setenv(name, "elsewhere")
-    keep_kernels(tmp_path)
+    assert keep_kernels(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == f"{tmp_path}/triton"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
     assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == f"{tmp_path}/flash4"
@@ -127,7 +127,7 @@ def test_kernels_are_left_where_they_are_if_the_folder_cannot_be_written(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
     (tmp_path / "file").touch()
-    keep_kernels(tmp_path / "file" / "cache")
+    assert not keep_kernels(tmp_path / "file" / "cache")
     monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only file system, which only a mount could make
-    keep_kernels(tmp_path)
+    assert not keep_kernels(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"

@@ -16,7 +16,7 @@ from engine.compiling import PATIENCE_S, CompiledBlocks
 from engine.experts import RollingExperts
 from engine.geometry import LatentShape
 from engine.proof import Proof
-from engine.settings import ROOT
+from engine.settings import IMAGE_KERNELS, ROOT
 from engine.speed import Levers, accelerate, narrow, precision_of, prove_ahead
 from tests.engine.compiled_wan import Gate
 from tests.engine.tiny_wan import make_wan, wan_inputs
@@ -167,6 +167,21 @@ def test_kernels_are_kept_beside_the_graphs_only_where_a_folder_is_set(tmp_path,
     for folder in (None, tmp_path):
         accelerate([make_wan(0)], "cpu", Levers(None, True, folder))
     assert kept == [tmp_path]
+
+
+@pytest.mark.parametrize("can_be_written", [True, False])
+def test_folder_that_keeps_kernels_gets_the_images_before_any_is_asked_for(
+    begun, can_be_written, tmp_path, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(speed, "keep_kernels", lambda _folder: can_be_written)
+    monkeypatch.setattr(speed, "lend", lambda image, folder: done.append((image, folder, list(begun))))
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: done.append("chosen") or attention.Choice("native", ()))
+    prove_ahead("fp8", "cuda", Levers(None, True, tmp_path))
+    begun.clear()
+    accelerate([make_wan(0)], "cpu", Levers(None, True, tmp_path))
+    lent = [(IMAGE_KERNELS, tmp_path, [])] if can_be_written else []
+    assert done == [*lent, *lent, "chosen"]
 
 
 def test_kernels_are_chosen_for_the_models_heads_and_both_are_installed(monkeypatch):

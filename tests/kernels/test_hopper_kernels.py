@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import triton
 
 from engine import hopper_kernels
@@ -90,9 +91,12 @@ def test_kernel_that_cannot_be_exported_is_lost_to_nobody(
         def export_to_c(self, **_: str) -> None:
             raise LookupError("an error of the compiler's own")
 
+    made = Compiled()
     monkeypatch.setitem(sys.modules, "cutlass", ModuleType("cutlass"))
     monkeypatch.setattr(sys.modules["cutlass"], "cute", None, raising=False)
-    hopper_kernels._keep(Compiled(), tmp_path / "kept", "attention16")
+    monkeypatch.setattr(hopper_kernels, "compile_kernel", lambda _name: made)
+    monkeypatch.setenv(CUTE_DIR, str(tmp_path / "kept"))
+    assert hopper_kernels.hopper_kernel.__wrapped__("attention16") is made
     assert "could not be kept (LookupError)" in caplog.text
     assert not (tmp_path / "kept").exists()
 
@@ -111,8 +115,28 @@ def test_kernel_of_another_source_is_another_file(of: str, tmp_path: Path, monke
     assert (after["attention8"] == before["attention8"]) is (of == "attention16_hopper")
 
 
-@pytest.mark.parametrize("of", ["version_of", "card_name"])
-def test_kernel_of_another_version_or_card_is_another_file(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_of_another_version_is_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
     before = hopper_kernels._stem("attention16")
-    monkeypatch.setattr(hopper_kernels, of, lambda *_: "another")
+    monkeypatch.setattr(hopper_kernels, "version_of", lambda _package: "another")
     assert hopper_kernels._stem("attention16") != before
+
+
+def test_kernel_has_one_name_where_there_is_no_card_and_on_every_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hopper_kernels._stem("attention16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for card in ("an H100", "an H200"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, card=card: card)
+        assert hopper_kernels._stem("attention16") == before
+
+
+def test_kernel_that_the_image_was_built_with_needs_no_cute(ask: Ask, tmp_path: Path) -> None:
+    path = os.pathsep.join(map(str, [KEPT_AT, CUTE]))
+    command = [sys.executable, "builder/compile_hopper.py", tmp_path / "kept"]
+    wanted = {"CUTE_DSL_ARCH": hopper_kernels.ARCHITECTURE, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | wanted, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "sm_90a: 2 attention kernels of CuTe\n"), done.stderr
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "kept").iterdir()} == {0o644}
+    loaded, said = ask()
+    assert "expected device_type=cuda" in loaded[0]
+    assert not said
