@@ -2,14 +2,15 @@
 
     python -m bench.cold                       svi_endframe in fp8, 36 GB of random weights, written once to --weights
     python -m bench.cold --small --repeats 1   the twin's sizes, no card needed: fields and counts, no seconds
+    python -m bench.cold --only restarted      some of the figures, named as in STARTS below
 
-Before each reading but one the files are dropped from the page cache. A fresh process runs a job and --repeats warm
-ones through handler.run, first with an empty folder of compiled graphs, then with the one it left, then as a worker
-that was started again on its machine, which has the files in memory, then with them dropped and, before its first job
-is timed, left waiting until libraries and files are there (apps/standby.py), or warmed up as WORKER_WARM_UP asks. Then
-`dd` reads the files one after the other, and a process of its own reads them to where they work, and nothing else. Each
-figure is said and kept when it is there. The weights stay for next time. Packages should have their bytecode, as pip
-leaves it in an image: modules without it are counted.
+The worker's own kernels are compiled first, as they are when an image is built (builder/compile_kernels.py). A fresh
+process runs a job and --repeats warm ones through handler.run, once for each of STARTS: with an empty folder of
+compiled graphs or with the one that was left, with the files in memory, as after a worker's restart, or dropped from
+the page cache; and, before its first job is timed, left waiting until libraries and files are there (apps/standby.py),
+or warmed up as WORKER_WARM_UP asks. Then `dd` reads the files one after the other, and a process of its own reads them
+to where they work, and nothing else. Each figure is said and kept when it is there. The weights stay for next time.
+Packages should have their bytecode, as pip leaves it in an image: modules without it are counted.
 """
 
 import argparse
@@ -22,16 +23,38 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.kept import keep
 from bench.processes import ALLOCATOR, ROOT
 from bench.say import say
 
 MODE = "svi_endframe"
-RESTARTED = "restarted"
-"""The figure for which the files are left in memory."""
+
+
+class Start(NamedTuple):
+    """What the process of a first job finds."""
+
+    words: str
+    in_memory: bool = False
+    """The files: they are not dropped, and whoever came before has read or written them."""
+    empty_cache: bool = False
+    """An empty folder of compiled graphs. Later starts find what this one leaves."""
+    before: tuple[str, ...] = ()
+
+
+STARTS = {
+    "cold_cache_in_memory": Start("cold compile cache, files in memory", in_memory=True, empty_cache=True),
+    "cold_cache": Start("cold compile cache", empty_cache=True),
+    "warm_cache": Start("warm compile cache"),
+    "restarted": Start("the same, files in memory", in_memory=True),
+    "waited": Start("the same, the worker waited for it", before=("--before", "standby")),
+    "warmed_up": Start("the same, warmed up before it came", before=("--before", "warm-up")),
+}
+DISK = "disk"
+"""The figure of `dd` and of the reader by itself."""
 
 
 def main() -> int:
@@ -49,28 +72,35 @@ def _measure_all(args: argparse.Namespace, scratch: Path) -> int:
     files = [Path(name) for name in _child(args, "bake", scratch)["files"]]
     result: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in files)}
     figures: dict[str, Callable[[], Any]] = {
-        "cold_cache": lambda: _child(args, "jobs", scratch),
-        "warm_cache": lambda: _child(args, "jobs", scratch),
-        RESTARTED: lambda: _child(args, "jobs", scratch),
-        "waited": lambda: _child(args, "jobs", scratch, "--before", "standby"),
-        "warmed_up": lambda: _child(args, "jobs", scratch, "--before", "warm-up"),
-        "dd_s": lambda: dd(files),
-        "read": lambda: _child(args, "read", scratch),
+        name: partial(_first_job, args, scratch, start, files) for name, start in STARTS.items()
     }
-    for name, measure in figures.items():
-        if name != RESTARTED:  # the job before has read them
-            drop(files)
+    figures[DISK] = lambda: _disk(args, scratch, files)
+    wanted = args.only or figures
+    for name in wanted:
         try:
-            result[name] = measure()
+            result[name] = figures[name]()
         except subprocess.CalledProcessError as error:
             say(f"{name}: {error}")
             continue
         say(f"{name}: {json.dumps(result[name])}")
         keep(args.json, result)
-    if figures.keys() - result.keys():
-        return 1
     print(table(result))
-    return 0
+    return 1 if set(wanted) - result.keys() else 0
+
+
+def _first_job(args: argparse.Namespace, scratch: Path, start: Start, files: list[Path]) -> dict[str, Any]:
+    if not start.in_memory:
+        drop(files)
+    if start.empty_cache:
+        args.cache_dir = Path(tempfile.mkdtemp(prefix="graphs-", dir=scratch))
+    return _child(args, "jobs", scratch, *start.before)
+
+
+def _disk(args: argparse.Namespace, scratch: Path, files: list[Path]) -> dict[str, Any]:
+    drop(files)
+    dd_s = dd(files)
+    drop(files)
+    return {"dd_s": dd_s, **_child(args, "read", scratch)}
 
 
 def drop(files: list[Path]) -> None:
@@ -93,27 +123,24 @@ def dd(files: list[Path]) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures for people. A job's parts are those of timings_s."""
-    rate, read = result["bytes"] / 1e9 / result["dd_s"], result["read"]
-    mine = read["bytes"] / 1e9 / read["read_s"]
-    lines = [
-        f"weights                 {result['bytes'] / 1e9:.2f} GB",
-        f"dd                      {rate:.2f} GB/s",
-        f"ours, to where it works {mine:.2f} GB/s, {100 * mine / rate:.0f} % of dd; bus busy {read['card_s']:.2f} s",
-    ]
-    starts = {
-        "cold_cache": "cold compile cache",
-        "warm_cache": "warm compile cache",
-        RESTARTED: "the same, files in memory",
-        "waited": "the same, the worker waited for it",
-        "warmed_up": "the same, warmed up before it came",
-    }
-    for figure, start in starts.items():
+    """The figures for people, those that are there. A job's parts are those of timings_s."""
+    lines = [f"weights                 {result['bytes'] / 1e9:.2f} GB"]
+    if DISK in result:
+        disk = result[DISK]
+        rate, mine = result["bytes"] / 1e9 / disk["dd_s"], disk["bytes"] / 1e9 / disk["read_s"]
+        ratio, busy_s = 100 * mine / rate, disk["card_s"]
+        lines += [
+            f"dd                      {rate:.2f} GB/s",
+            f"ours, to where it works {mine:.2f} GB/s, {ratio:.0f} % of dd; bus busy {busy_s:.2f} s",
+        ]
+    for figure, start in STARTS.items():
+        if figure not in result:
+            continue
         one = result[figure]
         warm_s = statistics.median(one["warm_s"])
         parts = ", ".join(f"{name} {spent:.2f}" for name, spent in one["timings_s"].items())
         lines += [
-            f"first job, {start}: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
+            f"first job, {start.words}: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
             f"({warm_s:.2f} s); {one['since_start_s']:.2f} s after the process was started",
             f"  of it {parts}; {one['without_bytecode']} of {one['modules']} modules had no bytecode",
         ]
@@ -125,7 +152,10 @@ def _arguments() -> argparse.ArgumentParser:
         prog="bench.cold", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--weights", type=Path, default=ROOT / "build" / "cold" / "weights")
-    parser.add_argument("--cache-dir", type=Path, default=None, help="of compiled graphs; default: one that is empty")
+    parser.add_argument("--only", nargs="+", metavar="FIGURE", choices=[*STARTS, DISK], help="default: all of them")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=None, help="of compiled graphs, until a start with an empty one"
+    )
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8", "int8"])
     parser.add_argument("--cap-gib", type=float, default=44.5)
     parser.add_argument("--repeats", type=int, default=3, help="warm jobs after each first one")
@@ -166,10 +196,17 @@ def _settings(args: argparse.Namespace, output: Path | None = None) -> Any:
 
 
 def _bake(args: argparse.Namespace) -> dict[str, Any]:
-    """Write the weights. What is measured afterwards begins with an empty card and an empty host."""
+    """Write what an image holds: weights, and kernels for this card. What is measured afterwards begins with an empty
+    card and an empty host."""
+    import torch
+
     from bench.jobs import located
     from bench.random_bake import write_bake
 
+    if torch.cuda.is_available():
+        command = [sys.executable, ROOT / "builder" / "compile_kernels.py", "--capabilities"]
+        command.append("{}.{}".format(*torch.cuda.get_device_capability()))
+        subprocess.run(command, stdout=sys.stderr, check=True)
     profile = located(MODE, args.twins)[0].baked_in(args.precision)
     return {"files": [str(path) for path in write_bake(profile, args.weights, args.twins, is_small=args.small)]}
 

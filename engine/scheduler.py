@@ -41,9 +41,9 @@ class ReferenceEuler(FlowMatchEulerDiscreteScheduler):
         if num_inference_steps is None or not (sigmas is mu is timesteps is None):
             raise ValueError("this scheduler has one grid; give the number of steps and nothing else")
         super().set_timesteps(num_inference_steps, "cpu", sigmas=self.grid(num_inference_steps))
-        laid: list[Any] = [self.timesteps, self.sigmas]
         if device is not None:  # the stock way there would wait for the card
-            self.timesteps, self.sigmas = [to_device(each, device) for each in laid]
+            laid: Any = self  # the stock class promises arrays and holds tensors
+            laid.timesteps, laid.sigmas = to_device(laid.timesteps, device), to_device(laid.sigmas, device)
         self.set_begin_index(0)  # as would the stock look-up of the index by timestep
 
     def step(

@@ -36,7 +36,7 @@ def weights(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def args(weights: Path, twins: Path, tmp_path: Path) -> Namespace:
     return Namespace(
         weights=weights, twins=twins, precision="fp8", cap_gib=44.5, cache_dir=tmp_path / "graphs", repeats=1,
-        small=True, before=None, started=0.0, json=tmp_path / "cold.json",
+        small=True, before=None, started=0.0, json=tmp_path / "cold.json", only=None,
     )  # fmt: skip
 
 
@@ -167,14 +167,18 @@ def test_table_sets_the_figures_against_each_other() -> None:
         "without_bytecode": 2,
     }  # fmt: skip
     result = {
-        "bytes": 36_000_000_000, "dd_s": 12.0, "read": {"bytes": 36_000_000_000, "read_s": 15.0, "card_s": 0.7},
-        "cold_cache": job, "warm_cache": {**job, "first_s": 12.0}, "restarted": {**job, "first_s": 11.0},
+        "bytes": 36_000_000_000, "disk": {"dd_s": 12.0, "bytes": 36_000_000_000, "read_s": 15.0, "card_s": 0.7},
+        "cold_cache_in_memory": {**job, "first_s": 14.0}, "cold_cache": job,
+        "warm_cache": {**job, "first_s": 12.0}, "restarted": {**job, "first_s": 11.0},
         "waited": {**job, "first_s": 10.5}, "warmed_up": {**job, "first_s": 10.0},
     }  # fmt: skip
     assert cold.table(result).splitlines() == [
         "weights                 36.00 GB",
         "dd                      3.00 GB/s",
         "ours, to where it works 2.40 GB/s, 80 % of dd; bus busy 0.70 s",
+        "first job, cold compile cache, files in memory: 14.00 s, 1.40 times a warm one (10.00 s); "
+        "16.00 s after the process was started",
+        "  of it load 5.00; 2 of 9 modules had no bytecode",
         "first job, cold compile cache: 15.00 s, 1.50 times a warm one (10.00 s); "
         "16.00 s after the process was started",
         "  of it load 5.00; 2 of 9 modules had no bytecode",
@@ -216,11 +220,17 @@ def test_figure_that_cannot_be_had_leaves_the_others(
 ) -> None:
     (tmp_path / "x").write_bytes(bytes(1000))
     asked: list[tuple[str, ...]] = []
-    jobs = iter([subprocess.CalledProcessError(1, "jobs"), *({"first_s": 1.0 - 0.1 * i} for i in range(4))])
+    job: dict[str, Any] = {
+        "first_s": 1.0, "warm_s": [1.0], "since_start_s": 2.0, "timings_s": {}, "modules": 9, "without_bytecode": 0
+    }  # fmt: skip
+    jobs = iter([subprocess.CalledProcessError(1, "jobs"), *({**job, "first_s": 1.0 - 0.1 * i} for i in range(5))])
+    found: list[Path] = []
 
     def child(_: Namespace, what: str, scratch: Path, *more: str) -> dict[str, Any]:
         asked.append((what, *more))
-        answer: Any = {"bake": {"files": [str(tmp_path / "x")]}, "read": {"bytes": 1000}}.get(what) or next(jobs)
+        found.append(args.cache_dir)
+        read = {"bytes": 1000, "read_s": 1.0, "card_s": 0.0}
+        answer: Any = {"bake": {"files": [str(tmp_path / "x")]}, "read": read}.get(what) or next(jobs)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -229,13 +239,35 @@ def test_figure_that_cannot_be_had_leaves_the_others(
     monkeypatch.setattr(cold, "drop", lambda _: asked.append(("drop",)))
     assert cold._measure_all(args, tmp_path) == 1
     kept = json.loads(args.json.read_text())
-    assert (list(kept), kept["warm_cache"]) == (
-        ["bytes", "warm_cache", "restarted", "waited", "warmed_up", "dd_s", "read"],
-        {"first_s": 1.0},
+    assert (list(kept), kept["cold_cache"]) == (
+        ["bytes", "cold_cache", "warm_cache", "restarted", "waited", "warmed_up", "disk"],
+        job,
     )
     drop, jobs_ = ("drop",), ("jobs",)
     assert asked == [
-        ("bake",), drop, jobs_, drop, jobs_, jobs_, drop, ("jobs", "--before", "standby"), drop,
+        ("bake",), jobs_, drop, jobs_, drop, jobs_, jobs_, drop, ("jobs", "--before", "standby"), drop,
         ("jobs", "--before", "warm-up"), drop, drop, ("read",)
     ]  # fmt: skip
-    assert "cold_cache: Command 'jobs' returned" in capsys.readouterr().err
+    given, in_memory, cold_cache, *after, _ = found
+    assert len({given, in_memory, cold_cache}) == 3, "each start with an empty cache has a folder of its own"
+    assert {*after} == {cold_cache}, "and what comes after it finds what it left"
+    said = capsys.readouterr()
+    assert "cold_cache_in_memory: Command 'jobs' returned" in said.err
+    assert "first job, cold compile cache: 1.00 s" in said.out and "files in memory: 1.00 s" not in said.out
+
+
+def test_only_the_figures_that_are_asked_for_are_measured(
+    args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(1000))
+    asked: list[str] = []
+
+    def child(_: Namespace, what: str, *__: object) -> dict[str, Any]:
+        asked.append(what)
+        return {"files": [str(tmp_path / "x")]} if what == "bake" else {"bytes": 9, "read_s": 1.0, "card_s": 0.0}
+
+    monkeypatch.setattr(cold, "_child", child)
+    args.only = ["disk"]
+    assert cold._measure_all(args, tmp_path) == 0
+    assert asked == ["bake", "read"]
+    assert list(json.loads(args.json.read_text())) == ["bytes", "disk"]
