@@ -20,12 +20,12 @@ def first_frame_chunks_encode(vae, video):
         parts.append(vae.encoder(video[:, :, first : first + 4], feat_cache=features, feat_idx=[0]))
     fresh = [None] * len(features)
     parts.append(vae.encoder(video[:, :, -1:], feat_cache=fresh, feat_idx=[0]))
-    return normalise(vae, vae.quant_conv(torch.cat(parts, dim=2))[:, :16])
+    return normalise(vae, by_parts(vae.quant_conv, torch.cat(parts, dim=2))[:, :16])
 
 
 def first_frame_chunks_decode(vae, latents):
     """The decoder's mirror image: the last latent with fresh features."""
-    hidden = vae.post_quant_conv(denormalise(vae, latents))
+    hidden = by_parts(vae.post_quant_conv, denormalise(vae, latents))
     features = [None] * vae._cached_conv_counts["decoder"]
     parts = []
     for i in range(hidden.shape[2]):
@@ -34,6 +34,11 @@ def first_frame_chunks_decode(vae, latents):
         alone = i in (0, hidden.shape[2] - 1)
         parts.append(vae.decoder(hidden[:, :, i : i + 1], feat_cache=features, feat_idx=[0], first_chunk=alone))
     return torch.cat(parts, dim=2).clamp(-1, 1)
+
+
+def by_parts(pointwise, frames):
+    """All but the last, then the last: how many frames it is given decides on some processors how it adds."""
+    return torch.cat([pointwise(frames[:, :, :-1]), pointwise(frames[:, :, -1:])], dim=2)
 
 
 def test_encode_norm_gives_the_stock_posterior_mode_normalised(vae):
