@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine import attention8, attention16
 from engine.attention_reach import WIDTH
 from engine.linear8 import Rounded, project
+from engine.operators import operator
 from schemas.errors import SettingsError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,15 +92,10 @@ def _package_function(package: str) -> Callable[..., Any]:
     return function
 
 
-@torch.library.custom_op("svi_worker::attend", mutates_args=())
+@operator("attend", lambda _package, query, *_: query.new_empty(query.shape))
 def _attend_with(package: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = _package_function(package)(query, key, value, **PACKAGES[package][2])
     return (out[0] if isinstance(out, tuple) else out).contiguous()
-
-
-@_attend_with.register_fake
-def _(package: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
-    return query.new_empty(query.shape)
 
 
 def _package(name: str) -> Attend:

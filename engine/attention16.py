@@ -15,9 +15,10 @@ from torch import Tensor
 from engine import attention_check
 from engine.attention_reach import WIDTH, Reach, reach, score_factor
 from engine.hopper_kernels import hopper_kernel
+from engine.operators import operator
 
 
-@torch.library.custom_op("svi_worker::attend16", mutates_args=())
+@operator("attend16", lambda query, *_: query.new_empty(query.shape))
 def attend16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (b, n, heads, 128), key and value (b, m, heads, 128) bf16 -> (b, n, heads, 128).
 
@@ -30,11 +31,6 @@ def attend16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for q, k, v, to in zip(query, key, value, out, strict=True):
         _attend(q.contiguous(), k.contiguous(), v.contiguous(), to)
     return out
-
-
-@attend16.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
-    return query.new_empty(query.shape)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

@@ -26,6 +26,7 @@ from engine import attention_check
 from engine.attention_reach import KEY_TILE, WIDTH, Reach, reach, score_factor
 from engine.hopper_kernels import hopper_kernel
 from engine.linear8 import KINDS, SMALLEST_AMAX
+from engine.operators import operator
 
 INT8 = KINDS["int8"]
 # How long the mean of rounded keys may be, against the longest, whose largest number is 127 steps: half a step in each.
@@ -44,7 +45,7 @@ class Rounded8:
     """float32 (heads,): length of a head's longest row. Of a query times that of a key: no score is larger."""
 
 
-@torch.library.custom_op("svi_worker::attend8", mutates_args=())
+@operator("attend8", lambda query, *_: query.new_empty(query.shape))
 def attend8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (1, n, heads, 128), key and value (1, m, heads, 128) bf16 -> (1, n, heads, 128).
 
@@ -64,11 +65,6 @@ def attend8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     reached = reach_of(q, k)
     hopper_kernel("attention8")(q.values, k.values, value, out, q.scales, k.scales, reached.span, reached.shift)
     return out[None]
-
-
-@attend8.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
-    return query.new_empty(query.shape)
 
 
 def reach_of(query: Rounded8, key: Rounded8) -> Reach:

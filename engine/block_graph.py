@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.artefacts import Artefacts
@@ -30,6 +29,8 @@ Backend = str | Callable[..., Any]
 """Of torch.compile."""
 
 _POOL_LOCK = threading.Lock()
+# Dynamo counts graphs a code object, and both video models have the same block. More than a process has sizes for.
+RECOMPILE_LIMIT = 32
 POOL_READY_S = 20.0  # the compiler's worker processes import torch first; without them kernels are made one by one
 
 
@@ -91,6 +92,8 @@ class BlockGraph:
         return result
 
     def _work(self) -> None:
+        from torch._dynamo.utils import counters  # here: it imports the compiler, and a job may need none
+
         started = time.monotonic()
         try:
             with short_turns():
@@ -107,6 +110,7 @@ class BlockGraph:
             log.info("compiled behind in %.1f s%s", self.compile_s, ", from the cache" if self.is_kept else "")
 
     def _compile(self) -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         compiled = torch.compile(self._function, backend=self._keep, fullgraph=True, dynamic=False)
         with torch.inference_mode(self._is_inference), torch.no_grad(), FakeTensorMode():
             block = shadow(self._block, self._device)

@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from engine.artefacts import Artefacts
 from engine.block_graph import Backend, BlockGraph, tensor_names, tensors_of
@@ -50,8 +49,6 @@ from engine.shadow import Spec, Specs, describe
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8  # sizes compiled in one process; each costs seconds of a processor and megabytes
-# Dynamo counts graphs a code object, and both video models have the same block: leave room for two sets.
-RECOMPILE_LIMIT = 4 * MAX_GRAPHS
 MAX_REASON = 200  # characters of a compiler's message, which can be pages
 PATIENCE_S = 5.0
 # Given to the card beside a compiler: 0.2 s of work at 832x480x81. The compiler keeps the interpreter as long at times,
@@ -120,7 +117,6 @@ class CompiledBlocks:
         self._patience_left_s = patience_s or 0.0
         self._ends: deque[torch.cuda.Event] = deque()  # of blocks that were given to the card
         self._wait_s, self._calls, self._eager_calls = 0.0, 0, 0
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         run = self._run
         for block in self._blocks:
             block.forward = MethodType(lambda block, *args: run(block, args), block)
@@ -288,4 +284,6 @@ def _device(device: str | torch.device) -> torch.device:
 
 def graph_count() -> int:
     """Graphs that torch.compile has captured in this process."""
+    from torch._dynamo.utils import counters  # here: it imports the compiler, and most first jobs need none
+
     return int(counters["stats"]["unique_graphs"])

@@ -13,6 +13,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from engine.hidden import answer_for_unused, hidden
+from engine.unopened import MODELS, leave_unopened
 
 NAME = "flash_attn"
 
@@ -24,6 +25,7 @@ def import_diffusers() -> None:
     """
     with namesake_hidden():
         answer_for_unused()
+        leave_unopened(*MODELS)
         importlib.import_module("diffusers.models.attention_dispatch")
 
 

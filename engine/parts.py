@@ -129,13 +129,15 @@ class _NoValues(TorchFunctionMode):
     """Inside, what this thread would make with whatever values, or draw, is on the meta device.
 
     Not what other threads make, as a change of `torch.empty` or `nn.Module` would: those that read weights make their
-    buffers meanwhile.
+    buffers meanwhile. What was drawn is not divided: on the meta device that imports torch's compiler.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if func is torch.Tensor.div and args[0].is_meta:
+            return args[0]
         return func(*args, **({**given, "device": "meta"} if func in (torch.empty, torch.randn) else given))
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from engine.attention import rotate
 from engine.linear8 import KINDS, round_rows
 from engine.linear8_check import MIN_SNR_DB, snr_db
+from engine.operators import operator
 from engine.proof import Proof
 
 FP8 = KINDS["fp8"]
@@ -26,7 +27,15 @@ TEST_ROWS = 33  # of which a program of the norms takes three or four on any car
 TEST_WIDTH, TEST_FEED_WIDTH, TEST_HEAD = 5120, 13824, 128
 
 
-@torch.library.custom_op("svi_worker::plain_round", mutates_args=())
+def _like(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rounded_like(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8.dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@operator("plain_round", _rounded_like)
 def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
     """x itself, rounded."""
     if x.device.type == "cpu":
@@ -36,7 +45,7 @@ def plain_round(x: Tensor) -> tuple[Tensor, Tensor]:
     return on_card(x.contiguous())
 
 
-@torch.library.custom_op("svi_worker::gelu_round", mutates_args=())
+@operator("gelu_round", _rounded_like)
 def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(x), tanh form, rounded."""
     if x.device.type == "cpu":
@@ -46,7 +55,7 @@ def gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
     return on_card(x.contiguous())
 
 
-@torch.library.custom_op("svi_worker::norm_round", mutates_args=())
+@operator("norm_round", _rounded_like)
 def norm_round(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm(x) * weight + bias, rounded. `weight`, `bias`: (n,) float32."""
     if x.device.type == "cpu":
@@ -56,7 +65,7 @@ def norm_round(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     return on_card(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
 
 
-@torch.library.custom_op("svi_worker::add_norm_round", mutates_args=())
+@operator("add_norm_round", lambda x, *_: (_like(x), *_rounded_like(x)))
 def add_norm_round(
     x: Tensor, added: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +82,7 @@ def add_norm_round(
     return on_card(x.contiguous(), added.contiguous(), gate, weight.contiguous(), bias.contiguous(), eps)
 
 
-@torch.library.custom_op("svi_worker::norm_rotate", mutates_args=())
+@operator("norm_rotate", _like)
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMSNorm(x) * weight, the pairs of each head turned by their angles, rounded to bf16 once: (rows, n).
 
@@ -88,7 +97,7 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float)
     return on_card(x.contiguous(), weight.contiguous(), cos.contiguous(), sin.contiguous(), eps)
 
 
-@torch.library.custom_op("svi_worker::add_gated", mutates_args=())
+@operator("add_gated", _like)
 def add_gated(x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
     """x + added * gate, rounded to bf16 once: (rows, n). `x`, `added` (rows, n) bf16; `gate` (n,) float32."""
     if x.device.type == "cpu":
@@ -96,29 +105,6 @@ def add_gated(x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
     from engine.rounding_triton import add_gated as on_card
 
     return on_card(x.contiguous(), added.contiguous(), gate.contiguous())
-
-
-def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8.dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-plain_round.register_fake(_fake)
-gelu_round.register_fake(_fake)
-norm_round.register_fake(lambda x, weight, bias, eps: _fake(x))  # noqa: ARG005 the operator's own signature
-norm_rotate.register_fake(lambda x, weight, cos, sin, eps: x.new_empty(x.shape))  # noqa: ARG005
-add_gated.register_fake(lambda x, added, gate: x.new_empty(x.shape))  # noqa: ARG005
-
-
-@add_norm_round.register_fake
-def _(
-    x: Tensor,
-    added: Tensor,  # noqa: ARG001 the operator's own signature
-    gate: Tensor | None,  # noqa: ARG001
-    weight: Tensor,  # noqa: ARG001
-    bias: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (x.new_empty(x.shape), *_fake(x))
 
 
 @Proof

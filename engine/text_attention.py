@@ -29,6 +29,7 @@ from torch.nn import functional
 from engine.attention import TEXT_TOKENS, deviation
 from engine.linear8 import KINDS, SMALLEST_AMAX
 from engine.linear8_check import MIN_SNR_DB, snr_db
+from engine.operators import operator
 from engine.proof import Proof
 
 FP8 = KINDS["fp8"]
@@ -41,7 +42,11 @@ TEST_TEXTS = ((12, 12), (64, 64), (TEXT_TOKENS, TEXT_TOKENS), (12, 300), (300, 1
 TEST_ROUNDED_TEXT = 70  # two tiles and a part: the kernel that rounds attends by the same code
 
 
-@torch.library.custom_op("svi_worker::attend_text", mutates_args=())
+def _fake_round(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape, dtype=FP8.dtype), query.new_empty((query.shape[0], 1), dtype=torch.float32)
+
+
+@operator("attend_text", lambda query, *_: query.new_empty(query.shape))
 def attend_text(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (1, n, heads, d), key and value (1, m, heads, d) bf16 -> (1, n, heads, d).
 
@@ -60,7 +65,7 @@ def attend_text(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return on_card(query, key, value)
 
 
-@torch.library.custom_op("svi_worker::attend_text_round", mutates_args=())
+@operator("attend_text_round", _fake_round)
 def attend_text_round(query: Tensor, weight: Tensor, key: Tensor, value: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`attend_text` of RMSNorm(query) * weight, rounded: e4m3 (n, heads * d) and float32 scales (n, 1), all the same.
 
@@ -82,22 +87,6 @@ def attend_text_round(query: Tensor, weight: Tensor, key: Tensor, value: Tensor,
     from engine.text_attention_triton import attend_text_round as on_card
 
     return on_card(query, weight, key, value, eps)
-
-
-@attend_text.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 the operator's own signature
-    return query.new_empty(query.shape)
-
-
-@attend_text_round.register_fake
-def _(
-    query: Tensor,
-    weight: Tensor,  # noqa: ARG001 the operator's own signature
-    key: Tensor,  # noqa: ARG001
-    value: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape, dtype=FP8.dtype), query.new_empty((query.shape[0], 1), dtype=torch.float32)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from engine.card import Card
-from engine.importing import importing
+from engine.importing import importing_models
 from engine.namesake import import_diffusers
 from engine.outputs import Frames, Images
 from engine.parking import Parkable
@@ -61,7 +61,7 @@ def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
 
 def import_backend(profile: Profile) -> Any:
     """The class of the profile's backend. The first call takes seconds: it imports what the backend computes with."""
-    with importing():
+    with importing_models():
         import_common()
         module, name = BACKENDS[profile.backend].split(":")
         return getattr(import_module(module), name)
@@ -69,6 +69,6 @@ def import_backend(profile: Profile) -> Any:
 
 def import_common() -> None:
     """Import what every backend and every load computes with: most of the seconds of `import_backend`."""
-    with importing():
+    with importing_models():
         import_diffusers()
         import_module("engine.parts")

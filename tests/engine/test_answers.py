@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine.answers import packages, packages_by_name, whole_caches
+from engine.answers import no_other_process, packages, packages_by_name, whole_caches
 from tests.engine.test_hidden import BACKENDS, PACKAGES, printed
 
 NO_LONG_WAY = """
@@ -54,6 +55,7 @@ def test_no_library_goes_through_the_files_of_distributions() -> None:
 def test_libraries_are_told_the_same_as_without() -> None:
     ours, plain = (json.loads(printed(*before, TOLD, args=("sdxl",))) for before in ((BACKENDS,), ()))
     assert sum(any(told.values()) for told in ours) == 2
+    assert plain[1].pop("is_torch_distributed_available") and not ours[1].pop("is_torch_distributed_available")
     assert ours == plain
 
 
@@ -88,6 +90,19 @@ def test_python_answers_for_itself_again_after_the_block() -> None:
         assert functools.lru_cache is not own[1]
         raise ZeroDivisionError
     assert (importlib.metadata.packages_distributions, functools.lru_cache) == own
+
+
+def test_torch_can_share_a_model_again_after_the_block() -> None:
+    own = torch.distributed.is_available()
+    with pytest.raises(ZeroDivisionError), no_other_process():
+        assert not torch.distributed.is_available()
+        raise ZeroDivisionError
+    assert (own, torch.distributed.is_available()) == (True, True)
+
+
+def test_nothing_that_shares_a_model_is_imported() -> None:
+    loaded = "print(*({'sympy', 'torch.distributed.tensor'} & set(sys.modules)))"
+    assert printed(BACKENDS, loaded, args=("wan22_i2v_svi", "sdxl")).split() == []
 
 
 def test_cache_with_a_size_of_its_own_keeps_it() -> None:
