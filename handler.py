@@ -64,6 +64,7 @@ def run(
         media = inputs.load(request, worker.settings, progress.check)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
     with progress.stage("load"), progress.timed("load_import"):
+        worker.models.wake(baked.profile)
         import_backend(baked.profile)
     with work_folder() as folder:
         made = worker.models.generate(task, parts, folder, progress)
@@ -111,7 +112,7 @@ def main() -> int:
     checks: list[Callable[[], None]] = [*fitness.checks(settings), partial(check_plan, settings, worker.models)]
     checks += [partial(warm_up, warm_up_request(wanted), worker) for wanted in settings.warm_up]
     beside = [partial(sweep_outbox, settings), partial(SPARES.keep, inputs.CHILDREN)]
-    ahead = None if settings.warm_up else partial(get_ready, settings)
+    ahead = None if settings.warm_up else partial(get_ready, settings, worker.models)
     return runpod_worker.serve(run_job, settings, sys.argv[1:], checks, beside=beside, ahead=ahead)
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from engine import disk, host_memory, video
+from engine import disk, host_memory, video, waking
 from engine.admission import Gate, Limits
 from engine.backends import Backend, Task, load_backend
 from engine.card import Card, Levers
@@ -22,6 +22,7 @@ from engine.demand import Demand
 from engine.outputs import Frames, Images, MediaFile
 from engine.parking import Parkable, ParkingLot
 from engine.pictures import write_picture
+from engine.profile import EIGHT_BITS
 from engine.profiles import Profile
 from engine.progress import Progress
 from engine.residency import GIB, Plan, plan
@@ -71,7 +72,7 @@ class Loaded:
 
 
 class ModelHandler:
-    """The card's only door. Everything that touches the card happens inside `generate`, under its lock."""
+    """The card's only door. What touches the card happens inside `generate`, under its lock; but for `wake`, before."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class ModelHandler:
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self.lot: ParkingLot[Loaded] = ParkingLot(free_host_bytes)  # profiles that have left the card for another
+        self._is_awake = False
         self.loads = 0  # profiles loaded since the start; a warm job adds none, and one that comes back neither
 
     @cached_property
@@ -96,6 +98,25 @@ class ModelHandler:
     def gate(self, profile: Profile) -> Gate:
         """Who may run `profile` on this card. Loads nothing."""
         return Gate(profile, self.limits)
+
+    def wake(self, profile: Profile) -> None:
+        """Begin what a first load of `profile` will ask of the card, in a thread beside the imports before it. Once."""
+        if self._is_awake or device() != "cuda":
+            return
+        self._is_awake = True
+        waking.begin(self._precision(profile), device(), self._levers)
+
+    def try_kernels(self, profile: Profile) -> None:
+        """Begin the self-tests that a load of `profile` will ask for, once its libraries are there."""
+        if (precision := self._precision(profile)) is not None and device() == "cuda":
+            from engine.speed import prove_ahead
+
+            prove_ahead(precision, device(), self._levers)
+
+    def _precision(self, profile: Profile) -> str | None:
+        """Of a load's 8-bit products, or what was asked for; None without either."""
+        rounded = [part.dtype for part in profile.components if part.dtype in EIGHT_BITS]
+        return self._settings.precision or next(iter(rounded), None)
 
     def generate(self, task: Task, parts: Parts, folder: Path, progress: Progress) -> Generated:
         """Run one task and leave its verified files in `folder`.
@@ -261,9 +282,12 @@ class ModelHandler:
         _give_back_cache()
 
     def _card(self, bytes_left: int, wanted: Demand) -> Card:
-        settings = self._settings
-        levers = Levers(settings.attention, settings.compile, settings.cache_dir)
-        return Card(device(), bytes_left, settings.precision, levers, wanted.shape, self.limits.host_bytes)
+        host_bytes = self.limits.host_bytes
+        return Card(device(), bytes_left, self._settings.precision, self._levers, wanted.shape, host_bytes)
+
+    @property
+    def _levers(self) -> Levers:
+        return Levers(self._settings.attention, self._settings.compile, self._settings.cache_dir)
 
     def _cap_memory(self) -> None:
         """Hold the process to WORKER_VRAM_GIB, so that a shared or emulated card is not overrun."""

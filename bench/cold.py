@@ -253,7 +253,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
         worker = Worker(settings, ModelHandler(settings))
         SPARES.keep(CHILDREN)  # as handler.main does
         if args.before == "standby":
-            _stand_by(settings)
+            _stand_by(worker)
         elif args.before == "warm-up":
             from apps.warm_up_request import warm_up_request
 
@@ -276,12 +276,12 @@ def _jobs(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stand_by(settings: Any) -> None:
+def _stand_by(worker: Any) -> None:
     """As a worker that waits for its first job long enough."""
     from apps.standby import get_ready
     from engine.readahead import ReadAhead
 
-    get_ready(settings)
+    get_ready(worker.settings, worker.models)
     if ReadAhead.last is not None:
         ReadAhead.last.join()
 

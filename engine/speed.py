@@ -14,17 +14,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from engine import attention, block8, linear8_check, rounding, text_attention, widening
+from engine import attention, block8, linear8_check, rounding, text_attention, waking
 from engine.artefacts import Artefacts
 from engine.block_graph import start_workers
 from engine.block_inputs import block_inputs
 from engine.card import Levers
 from engine.compiling import PATIENCE_S, Account, CompiledBlocks
 from engine.geometry import LatentShape
-from engine.image_kernels import lend
-from engine.linear8 import KINDS, Linear8, replace_linears, set_kind
+from engine.linear8 import Linear8, replace_linears, set_kind
 from engine.remembered import Remembered
-from engine.settings import IMAGE_KERNELS, keep_kernels
 from engine.shadow import Specs
 
 
@@ -78,36 +76,9 @@ class Accelerated:
 
 def prove_ahead(precision: str, device: str, levers: Levers) -> None:
     """Begin the self-tests that a load at this precision will ask for: their kernels compile while it builds models."""
-    kind = KINDS.get(precision)
-    if kind is None or kind.capability is None or torch.cuda.get_device_capability(device) < kind.capability:
-        return
-    _find_kernels(levers)
-    linear8_check.problem.begin(device, precision)
-    try:
-        import_triton()
-    except Exception:  # noqa: BLE001 whatever it is, who asks for a kernel finds it out, and says so
-        return
-    if precision == "fp8":
+    if waking.prove_first(precision, device, levers) and precision == "fp8":
         rounding.problem.begin(device)
         text_attention.problem.begin(device)
-    number = torch.device(device).index
-    card = torch.device("cuda", torch.cuda.current_device() if number is None else number)  # as tensors have it
-    widening.problem.begin(card, kind.dtype)
-
-
-def _find_kernels(levers: Levers) -> None:
-    """Before anything compiles: what is kept, and what came with the image, is found, and what is compiled is kept."""
-    if levers.cache_dir is not None and keep_kernels(levers.cache_dir):
-        lend(IMAGE_KERNELS, levers.cache_dir)
-
-
-def import_triton() -> None:
-    """Once, before several threads would do it: the kernels, and what Triton asks of a card the first time."""
-    from triton.runtime import driver
-
-    from engine import rounding_triton, text_attention_triton, widening_triton  # noqa: F401
-
-    driver.active.get_current_target()
 
 
 def narrow(model: nn.Module, precision: str | None, device: str) -> tuple[str, ...]:
@@ -137,7 +108,7 @@ def accelerate(models: Sequence[nn.Module], device: str, levers: Levers) -> Acce
     `models`: those that run; of rolling experts that is the one model whose storage they share.
     """
     is_compiled = levers.compile and device.startswith("cuda")
-    _find_kernels(levers)
+    waking.find_kernels(levers)
     if is_compiled and not all(block8.fits(model) for model in models):
         start_workers(torch.device(device))  # first: they come up while the kernels prove themselves
     choice = attention.choose(device, levers.attention, width=attention.head_width(models[0]))

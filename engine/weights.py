@@ -73,9 +73,11 @@ class Baked:
     """What the manifest lists; empty for a cached model, which has no manifest."""
 
     def parts(self) -> Parts:
-        """The components. A process's first call has libraries to import: the files are read ahead meanwhile."""
+        """The components. A process's first call has libraries to import: files and card are got ready meanwhile."""
         from engine.readahead import ReadAhead, order_of_need
+        from engine.waking import begin_driver
 
+        begin_driver()
         names = order_of_need(list(self.folders))
         files = [path for name in names for path in sorted(self.folders[name].glob("*.safetensors"))]
         with importing():

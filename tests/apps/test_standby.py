@@ -11,6 +11,7 @@ import pytest
 
 from apps import standby
 from engine.settings import Settings
+from model_handler import ModelHandler
 from tests.conftest import ROOT
 
 READY = """
@@ -18,10 +19,11 @@ import json, sys
 from pathlib import Path
 from engine.settings import Settings
 from apps.standby import get_ready
+from model_handler import ModelHandler
 
 before = "torch" in sys.modules
 settings = Settings(weights_dir=Path(sys.argv[1]))
-get_ready(settings)
+get_ready(settings, ModelHandler(settings))
 
 from engine import weights
 from engine.profiles import PROFILES
@@ -73,6 +75,7 @@ def test_what_goes_wrong_is_left_to_the_first_job(
         raise ImportError("/secret/place is broken")
 
     monkeypatch.setattr(standby, "import_common", broken)
+    settings = Settings(weights_dir=tmp_path)
     with caplog.at_level(logging.INFO):
-        standby.get_ready(Settings(weights_dir=tmp_path))
+        standby.get_ready(settings, ModelHandler(settings))
     assert caplog.messages == ["nothing is imported ahead of the first job (ImportError)"]

@@ -20,6 +20,7 @@ from engine.progress import Progress
 from engine.readahead import ReadAhead
 from engine.settings import Settings
 from engine.weights import locate
+from model_handler import ModelHandler
 from tests.engine.disk import readers
 
 SVI = PROFILES["wan22_i2v_svi"]
@@ -109,7 +110,7 @@ def test_worker_that_waits_has_its_files_read_to_the_end_and_loads_nothing(
 ) -> None:
     story = list[str]()
 
-    def get_ready(_: Settings) -> None:
+    def get_ready(_: Settings, __: ModelHandler) -> None:
         story.append("ready")
         monkeypatch.setattr(ReadAhead, "last", ReadAhead([]))
 

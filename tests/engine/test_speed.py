@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import attention, linear8_check, speed
+from engine import attention, image_kernels, linear8_check, speed, waking, widening
 from engine.attention import WanProcessor
 from engine.compiling import PATIENCE_S, CompiledBlocks
 from engine.experts import RollingExperts
@@ -163,7 +163,7 @@ def test_order_of_the_levers_ends_in_experts_that_still_run():
 
 def test_kernels_are_kept_beside_the_graphs_only_where_a_folder_is_set(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(speed, "keep_kernels", kept.append)
+    monkeypatch.setattr(waking, "keep_kernels", kept.append)
     for folder in (None, tmp_path):
         accelerate([make_wan(0)], "cpu", Levers(None, True, folder))
     assert kept == [tmp_path]
@@ -174,8 +174,8 @@ def test_folder_that_keeps_kernels_gets_the_images_before_any_is_asked_for(
     begun, can_be_written, tmp_path, monkeypatch
 ):
     done = []
-    monkeypatch.setattr(speed, "keep_kernels", lambda _folder: can_be_written)
-    monkeypatch.setattr(speed, "lend", lambda image, folder: done.append((image, folder, list(begun))))
+    monkeypatch.setattr(waking, "keep_kernels", lambda _folder: can_be_written)
+    monkeypatch.setattr(image_kernels, "lend", lambda image, folder: done.append((image, folder, list(begun))))
     monkeypatch.setattr(attention, "choose", lambda *_, **__: done.append("chosen") or attention.Choice("native", ()))
     prove_ahead("fp8", "cuda", Levers(None, True, tmp_path))
     begun.clear()
@@ -203,9 +203,9 @@ def begun(monkeypatch):
     """What is begun ahead for a Hopper whose Triton does nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(speed, "import_triton", lambda: None)
+    monkeypatch.setattr(waking, "import_triton", lambda: None)
     asked = []
-    for module in (linear8_check, speed.rounding, speed.text_attention, speed.widening):
+    for module in (linear8_check, speed.rounding, speed.text_attention, widening):
         proof = Proof(module.problem.__wrapped__)
         monkeypatch.setattr(proof, "begin", lambda *of, name=module.__name__: asked.append((name, *of)))
         monkeypatch.setattr(module, "problem", proof)
@@ -222,9 +222,9 @@ def test_tests_of_the_precision_are_begun_by_what_they_will_be_asked(begun, monk
     prove_ahead("fp8", "cuda", Levers())
     assert begun == [
         ("engine.linear8_check", "cuda", "fp8"),
+        ("engine.widening", torch.device("cuda:1"), torch.float8_e4m3fn),
         ("engine.rounding", "cuda"),
         ("engine.text_attention", "cuda"),
-        ("engine.widening", torch.device("cuda:1"), torch.float8_e4m3fn),
     ]
     begun.clear()
     prove_ahead("bf16", "cuda", Levers())
@@ -235,13 +235,13 @@ def test_tests_of_the_precision_are_begun_by_what_they_will_be_asked(begun, monk
 
 def test_kernels_of_tests_that_are_begun_are_kept_too(begun, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(speed, "keep_kernels", lambda folder: kept.append((folder, list(begun))))
+    monkeypatch.setattr(waking, "keep_kernels", lambda folder: kept.append((folder, list(begun))))
     prove_ahead("fp8", "cuda", Levers(None, True, tmp_path))
     assert kept == [(tmp_path, [])]
 
 
 def test_no_test_of_tritons_kernels_is_begun_where_triton_cannot_be_had(begun, monkeypatch):
-    monkeypatch.setattr(speed, "import_triton", lambda: import_module("no_such_package"))
+    monkeypatch.setattr(waking, "import_triton", lambda: import_module("no_such_package"))
     prove_ahead("fp8", "cuda", Levers())
     assert begun == [("engine.linear8_check", "cuda", "fp8")]
 

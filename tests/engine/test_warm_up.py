@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import speed
+from engine import waking
 from engine.artefacts import Artefacts
 from engine.card import Card, Levers
 from engine.compiling import CompiledBlocks, graph_count
@@ -131,7 +131,7 @@ def test_one_block_of_an_8_bit_bake_is_in_8_bits():
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 def test_warm_up_on_a_card_leaves_a_file_for_each_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "keep_kernels", lambda _: None)  # the environment is that of all tests
+    monkeypatch.setattr(waking, "keep_kernels", lambda _: None)  # the environment is that of all tests
     card = Card("cuda", 40 * 2**30, "fp8", Levers(cache_dir=tmp_path))
     account = warm_up(SVI, card, usual_latents(SVI))
     assert len(list(tmp_path.glob("compiled-*.bin"))) == 2
