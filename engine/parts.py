@@ -15,6 +15,7 @@ from engine.eight_bits import to_eight_bits
 from engine.linear8 import KINDS
 from engine.lora import LoraWeights, load_lora
 from engine.profile import EIGHT_BITS, Component, Lora, Profile
+from engine.stack import build_stack
 from engine.tensorfile import DTYPES, Stored, TensorFiles, read_offsets, weight_files
 from engine.tokenizer import read_ready
 from schemas.errors import WeightsCorrupt
@@ -62,7 +63,7 @@ class FolderParts:
         found = self.skeleton(name, device)
         if found is not None:
             return found.whole(device)
-        model = frame(component, empty_model(component, read_config(component, folder)))
+        model = empty_frame(component, read_config(component, folder))
         files = TensorFiles(folder, published_variant(folder, component))
         return fill(model, component, _read_state(model, component, files, device), device)
 
@@ -78,7 +79,7 @@ class FolderParts:
         files = weight_files((path.name for path in folder.iterdir()), None)
         if component.dtype is None or len(files) != 1 or not is_baked(folder):
             return None
-        model = frame(component, empty_model(component, read_config(component, folder)))
+        model = empty_frame(component, read_config(component, folder))
         # Once: 1,495 of them take milliseconds to list, and asked for one by one, seconds. The model's own, to be cast.
         tensors = model.state_dict(keep_vars=True)
         stream = (folder / files[0]).open("rb", buffering=0)
@@ -150,6 +151,11 @@ def _nothing_drawn(component: Component) -> AbstractContextManager[None]:
     from transformers import initialization
 
     return initialization.no_init_weights()
+
+
+def empty_frame(component: Component, config: Any) -> Any:
+    """`frame` of an `empty_model`."""
+    return build_stack(component.class_name, config, lambda built: frame(component, empty_model(component, built)))
 
 
 def frame(component: Component, model: Any) -> Any:
