@@ -30,7 +30,7 @@ COPY engine/__init__.py engine/settings.py engine/addresses.py \
      engine/profile.py engine/profiles.py engine/profiles_sdxl.py engine/profiles_wan.py \
      engine/weights.py engine/parts.py engine/published.py engine/tensorfile.py \
      engine/hub.py engine/bake.py engine/convert.py engine/lora.py engine/lora_keys.py \
-     engine/eight_bits.py engine/linear8.py engine/importing.py engine/tokenizer.py \
+     engine/eight_bits.py engine/linear8.py engine/importing.py engine/stack.py engine/tokenizer.py \
      engine/
 # The lock file, where there is one (the pattern may match nothing): commits and hashes that the bake then holds to.
 COPY builder/requirements.txt builder/weights.lock.jso[n] builder/
@@ -53,6 +53,9 @@ RUN python -m compileall -q apps engine schemas *.py
 # The worker's own kernels, which a first job's card would wait for: 15 s of two cores. Workers read them where they are
 # written here, whatever WORKER_CACHE_DIR is.
 RUN python builder/compile_kernels.py --output kernels
+
+# Which models transformers has, which each worker would look for in 550 folders.
+RUN python builder/list_models.py --output kernels
 
 # What this image holds, by name, version and hash: packages, Debian's, weights.
 RUN python builder/write_sbom.py --output sbom.cdx.json

@@ -20,7 +20,7 @@ $(READY): builder/requirements.txt builder/requirements-dev.txt
 twins: $(TWINS)
 
 BAKES := $(addprefix engine/,$(addsuffix .py,bake convert eight_bits linear8 lora lora_keys parts profile profiles \
-         profiles_sdxl profiles_wan published tensorfile tokenizer twin_tokenizers twin_weights twins weights))
+         profiles_sdxl profiles_wan published stack tensorfile tokenizer twin_tokenizers twin_weights twins weights))
 
 $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.json)
 	$(BIN)/python download_weights.py --tiny --output weights/tiny

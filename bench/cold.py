@@ -196,17 +196,19 @@ def _settings(args: argparse.Namespace, output: Path | None = None) -> Any:
 
 
 def _bake(args: argparse.Namespace) -> dict[str, Any]:
-    """Write what an image holds: weights, and kernels for this card. What is measured afterwards begins with an empty
-    card and an empty host."""
+    """Write what an image holds: weights, kernels for this card, a list of models.
+
+    What is measured afterwards begins with an empty card and an empty host.
+    """
     import torch
 
     from bench.jobs import located
     from bench.random_bake import write_bake
 
     if torch.cuda.is_available():
-        command = [sys.executable, ROOT / "builder" / "compile_kernels.py", "--capabilities"]
-        command.append("{}.{}".format(*torch.cuda.get_device_capability()))
-        subprocess.run(command, stdout=sys.stderr, check=True)
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        for script, *asked in (("compile_kernels.py", "--capabilities", capability), ("list_models.py",)):
+            subprocess.run([sys.executable, ROOT / "builder" / script, *asked], stdout=sys.stderr, check=True)
     profile = located(MODE, args.twins)[0].baked_in(args.precision)
     return {"files": [str(path) for path in write_bake(profile, args.weights, args.twins, is_small=args.small)]}
 

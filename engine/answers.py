@@ -6,7 +6,8 @@ one of them: 0.9 s, twice, of 6 s of imports on a card's host, 0.1 s in a worker
 brings the package of its own name, which is under what name both would look anyway.
 
 Which models there are. transformers reads the files of 550 folders for that, and again when the first model is
-imported: its memory of the first time has 128 places. 0.4 s on that host, 0.27 on two cores.
+imported: its memory of the first time has 128 places. Once takes 0.4 s on that host, 0.14 to 0.27 on two cores. An
+image holds the answer (builder/list_models.py).
 
 Whether a model may be shared with other processes. Both import what would share it if torch can, and with it a library
 of algebra: 0.8 s on two cores. No job of this worker is shared.
@@ -15,12 +16,18 @@ of algebra: 0.8 s on two cores. No job of this worker is shared.
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import marshal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.settings import IMAGE_KERNELS
+
+SEARCH = "create_import_structure_from_path"  # the function of transformers.utils.import_utils
 
 
 @contextmanager
@@ -32,14 +39,17 @@ def packages_by_name() -> Iterator[None]:
 
 @contextmanager
 def whole_caches() -> Iterator[None]:
-    """Inside the block a function that `functools.lru_cache` decorates without a size remembers all it was asked.
+    """Inside the block a function that `functools.lru_cache` decorates without a size remembers all it was asked; and
+    the one that looks for models knows what an image holds of that.
 
     For the import of transformers alone: what others leave to that size may be asked without end.
     """
     bounded = functools.lru_cache
 
     def lru_cache(maxsize: Any = 128, typed: bool = False) -> Any:
-        return functools.cache(maxsize) if callable(maxsize) else bounded(maxsize, typed)
+        if not callable(maxsize):
+            return bounded(maxsize, typed)
+        return functools.cache(_knowing(maxsize) if maxsize.__name__ == SEARCH else maxsize)
 
     with _replaced(functools, "lru_cache", lru_cache):
         yield
@@ -51,6 +61,39 @@ def no_other_process() -> Iterator[None]:
     distributed = importlib.import_module("torch.distributed")
     with _replaced(distributed, "is_available", lambda: False):
         yield
+
+
+def keep_models(image: Path) -> Path:
+    """Write what transformers finds, for `whole_caches` in later processes; returns the file."""
+    from transformers.utils import import_utils
+
+    folder = _models_folder()
+    found = getattr(import_utils, SEARCH)(folder)
+    path = _models_file(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(marshal.dumps((folder, found)))
+    return path
+
+
+def _knowing(search: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`search`, but for what is kept. A file that is damaged, or of another place, is as good as none."""
+    try:
+        folder, found = marshal.loads(_models_file(IMAGE_KERNELS).read_bytes())
+    except (OSError, ValueError, EOFError, TypeError):
+        return search
+    asked = (folder, str(Path(folder) / "__init__.py"))  # once by the folder, once by its file
+    return lambda path: found if str(path) in asked else search(path)
+
+
+def _models_file(image: Path) -> Path:
+    return image / f"models-{importlib.metadata.version('transformers')}.bin"
+
+
+def _models_folder() -> str:
+    """Spelled as transformers asks for it."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent / "models")
 
 
 def packages() -> dict[str, list[str]]:

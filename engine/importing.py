@@ -11,9 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.answers import no_other_process
-from engine.unopened import compiler_unopened
-
 _TURN = threading.RLock()
 
 
@@ -35,10 +32,3 @@ def importing() -> Iterator[None]:
         finally:
             gc.freeze()
             gc.enable()
-
-
-@contextmanager
-def importing_models() -> Iterator[None]:
-    """`importing`, without what models would bring and no job needs: engine.unopened, engine.answers. Imports torch."""
-    with importing(), compiler_unopened(), no_other_process():
-        yield

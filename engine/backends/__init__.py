@@ -1,16 +1,20 @@
 """One file a model family. A backend turns a task into frames or pictures; it knows no RunPod, no S3, no file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
+from engine.answers import no_other_process, packages_by_name
 from engine.card import Card
-from engine.importing import importing_models
+from engine.importing import importing
 from engine.namesake import import_diffusers
 from engine.outputs import Frames, Images
 from engine.parking import Parkable
 from engine.profiles import Profile
 from engine.progress import Progress
+from engine.unopened import compiler_unopened
 from engine.weights import Parts
 from schemas.input_schema import Request
 
@@ -61,7 +65,7 @@ def load_backend(profile: Profile, parts: Parts, card: Card) -> Backend:
 
 def import_backend(profile: Profile) -> Any:
     """The class of the profile's backend. The first call takes seconds: it imports what the backend computes with."""
-    with importing_models():
+    with importing(), _lightly():
         import_common()
         module, name = BACKENDS[profile.backend].split(":")
         return getattr(import_module(module), name)
@@ -69,6 +73,13 @@ def import_backend(profile: Profile) -> Any:
 
 def import_common() -> None:
     """Import what every backend and every load computes with: most of the seconds of `import_backend`."""
-    with importing_models():
+    with importing(), _lightly():
         import_diffusers()
         import_module("engine.parts")
+
+
+@contextmanager
+def _lightly() -> Iterator[None]:
+    """For imports: what only a compiler, a shared model or a look at the disk would need is left out."""
+    with compiler_unopened(), no_other_process(), packages_by_name():
+        yield

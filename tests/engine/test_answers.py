@@ -3,6 +3,9 @@
 import functools
 import importlib.metadata
 import json
+import marshal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from engine.answers import no_other_process, packages, packages_by_name, whole_caches
+from tests.conftest import ROOT
 from tests.engine.test_hidden import BACKENDS, PACKAGES, printed
 
 NO_LONG_WAY = """
@@ -36,6 +40,24 @@ def told(module):
 print(json.dumps([told(diffusers.utils.import_utils), told(transformers.utils.import_utils)]))
 """
 
+KEPT_IN = """
+from pathlib import Path
+import engine.answers
+engine.answers.IMAGE_KERNELS = Path({!r})
+"""
+
+SEARCHED = """
+import os
+seen, own = [], os.scandir
+
+def scandir(path="."):
+    if "/transformers/models/" in str(path):
+        seen.append(str(path))
+    return own(path)
+
+os.scandir = scandir
+"""
+
 MODELS = """
 import transformers.models
 from transformers.utils.import_utils import create_import_structure_from_path, define_import_structure
@@ -59,12 +81,38 @@ def test_libraries_are_told_the_same_as_without() -> None:
     assert ours == plain
 
 
-def test_models_are_looked_for_once_and_found_as_without() -> None:
-    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((BACKENDS,), ()))
+def test_models_are_looked_for_once_and_found_as_without(tmp_path: Path) -> None:
+    here = KEPT_IN.format(str(tmp_path))
+    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((here, BACKENDS), ()))
     assert ours[0] == plain[0]
     hits, forgotten = map(int, ours[1].split())
     assert (hits > 500, forgotten) == (True, 0)
     assert int(plain[1].split()[1]) > 0, "transformers remembers them by itself: whole_caches can go"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an image holds of the models."""
+    folder = tmp_path_factory.mktemp("image")
+    command = [sys.executable, "builder/list_models.py", "--output", folder]
+    (path,) = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return Path(path)
+
+
+def test_image_knows_the_models_and_nobody_looks_for_them(kept: Path) -> None:
+    here = KEPT_IN.format(str(kept.parent))
+    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((here, BACKENDS), ()))
+    assert ours[0] == plain[0]
+    assert int(printed(here, SEARCHED, BACKENDS, "print(len(seen))", args=("sdxl",))) < 20, "its models' own folders"
+
+
+@pytest.mark.parametrize("content", [b"", b"half of it", marshal.dumps(("/another/place", {})), marshal.dumps(3)])
+def test_what_an_image_holds_is_not_believed_where_it_cannot_be_right(
+    content: bytes, kept: Path, tmp_path: Path
+) -> None:
+    (tmp_path / kept.name).write_bytes(content)
+    here = KEPT_IN.format(str(tmp_path))
+    assert int(printed(here, SEARCHED, BACKENDS, "print(len(seen))", args=("sdxl",))) > 500
 
 
 def test_package_is_found_by_what_is_declared_or_by_the_distributions_name(
