@@ -70,10 +70,6 @@ print(folders.hits, folders.misses - folders.currsize)
 """
 
 
-def test_no_library_goes_through_the_files_of_distributions() -> None:
-    printed(NO_LONG_WAY, BACKENDS, args=("wan22_i2v_svi", "sdxl"))
-
-
 def test_libraries_are_told_the_same_as_without() -> None:
     ours, plain = (json.loads(printed(*before, TOLD, args=("sdxl",))) for before in ((BACKENDS,), ()))
     assert sum(any(told.values()) for told in ours) == 2
@@ -97,6 +93,12 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "builder/list_models.py", "--output", folder]
     (path,) = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     return Path(path)
+
+
+@pytest.mark.parametrize("knows_models", [True, False])
+def test_no_library_goes_through_the_files_of_distributions(knows_models: bool, kept: Path, tmp_path: Path) -> None:
+    here = KEPT_IN.format(str(kept.parent if knows_models else tmp_path))
+    printed(here, NO_LONG_WAY, BACKENDS, args=("wan22_i2v_svi", "sdxl"))
 
 
 def test_image_knows_the_models_and_nobody_looks_for_them(kept: Path) -> None:

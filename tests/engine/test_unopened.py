@@ -34,6 +34,16 @@ assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.utils.cou
 assert torch.compiler.disable(len) is not len, "marks are for the import of libraries alone"
 """
 
+HELD = """
+import torch
+from engine.unopened import compiler_unopened
+
+with compiler_unopened():
+    import torch._dynamo as held
+    assert held.disable(len) is len and torch.compiler.disable(len) is len
+assert held.disable(len) is not len and held.config is torch._dynamo.config
+"""
+
 JOB = """
 from pathlib import Path
 from bench.jobs import JOBS
@@ -83,6 +93,10 @@ def test_operators_are_called_without_the_compiler() -> None:
 @pytest.mark.parametrize("before", ["", "import torch._inductor", "from torch._dynamo.utils import counters"])
 def test_who_compiles_finds_the_compiler_whole(before: str) -> None:
     assert set(printed(BACKENDS, before, COMPILED, UNOPENED, args=("wan22_i2v_svi",)).split()) == {*MODELS, "True"}
+
+
+def test_who_holds_the_stand_in_is_answered_by_the_compiler_afterwards() -> None:
+    printed(HELD)
 
 
 def test_who_wants_another_model_finds_it() -> None:
