@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+import handler
 import model_handler
 from apps import standby
+from bench.jobs import JOBS
 from engine import waking
 from engine.card import Levers
-from engine.profiles import PROFILES
+from engine.profiles import PROFILES, Profile
+from engine.progress import Progress
 from engine.settings import Settings
 from model_handler import ModelHandler
 from tests.engine.test_hidden import printed
@@ -101,6 +104,25 @@ def test_what_goes_wrong_in_the_thread_keeps_nothing_else_from_being_done(monkey
 
 def test_what_a_card_computes_first_is_what_a_cpu_can_too() -> None:
     waking._use("cpu")
+
+
+def test_job_wakes_the_card_before_it_imports_what_it_computes_with(
+    twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+
+    def imports(profile: Profile) -> None:
+        story.append(f"imports {profile.name}")
+        raise ImportError
+
+    monkeypatch.setattr(ModelHandler, "wake", lambda _, profile: story.append(f"wakes for {profile.name}"))
+    monkeypatch.setattr(handler, "import_backend", imports)
+    settings = Settings(weights_dir=twins, output_dir=tmp_path, outbox_dir=tmp_path / "outbox")
+    job, worker = JOBS["svi_endframe"], handler.Worker(settings, ModelHandler(settings))
+    with pytest.raises(ImportError):
+        handler.run(job.whole(0, job.small), job_id="one", worker=worker, progress=Progress())
+    assert [entry.split()[0] for entry in story] == ["wakes", "imports"]
+    assert len({entry.split()[-1] for entry in story}) == 1
 
 
 def test_worker_that_waits_tries_the_kernels_of_its_one_model(
