@@ -242,8 +242,8 @@ class Settings:
 
 
 IMAGE_KERNELS = ROOT / "kernels"
-"""What builder/compile_kernels.py has written, laid out as keep_kernels has it. Not the image's WORKER_CACHE_DIR: where
-the root file system is read-only, a mount hides that."""
+"""What builder/compile_kernels.py has written, laid out as keep_kernels has it, and builder/list_models.py beside it.
+Not the image's WORKER_CACHE_DIR: where the root file system is read-only, a mount hides that."""
 CUTE_DIR = "SVI_WORKER_CUTE_DIR"  # the variable behind cute_dir
 
 

@@ -14,10 +14,13 @@ STACKS: Mapping[str, tuple[str, str]] = {"WanTransformer3DModel": ("num_layers",
 
 
 def build_stack(class_name: str, config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
-    """`build(config)`, on the meta device, but of a class in STACKS one block is built."""
-    if class_name not in STACKS:
+    """`build(config)`, on the meta device, but of a class in STACKS one block is built.
+
+    Not where the configuration leaves their number to the class.
+    """
+    count, blocks = STACKS.get(class_name, ("", ""))
+    if not count or count not in config:
         return build(config)
-    count, blocks = STACKS[class_name]
     model: Any = build({**config, count: 1})
     (first,) = stack = getattr(model, blocks)
     stack.extend(copied(first) for _ in range(config[count] - 1))

@@ -55,3 +55,10 @@ def test_no_two_blocks_share_what_either_could_change(profile: Any) -> None:
         assert "more" not in block._non_persistent_buffers_set
         assert not hasattr(block, "mark")
     assert second.training and first.eval().training is False and second.training
+
+
+def test_number_that_is_left_to_the_class_is_the_classs() -> None:
+    component, config = expert(EXPERTS[0])
+    del config["num_layers"]
+    small = {**config, "ffn_dim": 16, "num_attention_heads": 1, "attention_head_dim": 12, "text_dim": 8, "freq_dim": 8}
+    assert len(empty_frame(component, small).blocks) == len(empty_model(component, small).blocks) > BLOCKS
