@@ -24,8 +24,6 @@ def lend(image: Path, folder: Path) -> None:
     No other worker that does the same at the same time finds half of anything. Where `folder` is full, or cannot be
     written after all, it is said, and the rest is compiled.
     """
-    if not image.is_dir() or (folder.is_dir() and image.samefile(folder)):
-        return
     try:
         for entry in _lacking(image / "triton", folder / "triton"):
             _lend_entry(entry, folder / "triton")
