@@ -48,7 +48,7 @@ class Child:
 # Tests that need a card. Named, because to look for them would import every test, and what those need is not there.
 ON_A_CARD = (
     "attention16", "attention8", "bake_eight_bits", "fast_decode", "frames", "passage", "passes", "reading", "replay",
-    "rounding", "speed", "standing", "text", "text_attention", "warm_up", "widening",
+    "rounding", "speed", "standing", "text", "text_attention", "waking", "warm_up", "widening",
 )  # fmt: skip
 FILES = " ".join(f"tests/engine/test_{name}.py" for name in ON_A_CARD)
 SVI = "bench jobs --modes svi_endframe --repeats 5 --layout svi_latent"

@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import marshal
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -71,22 +71,37 @@ def keep_models(image: Path) -> Path:
     found = getattr(import_utils, SEARCH)(folder)
     path = _models_file(image)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(marshal.dumps((folder, found)))
+    path.write_text(json.dumps([folder, _listed(found)]))
     return path
 
 
 def _knowing(search: Callable[[str], Any]) -> Callable[[str], Any]:
     """`search`, but for what is kept. A file that is damaged, or of another place, is as good as none."""
     try:
-        folder, found = marshal.loads(_models_file(IMAGE_KERNELS).read_bytes())
-    except (OSError, ValueError, EOFError, TypeError):
+        folder, listed = json.loads(_models_file(IMAGE_KERNELS).read_text())
+        found = _found(listed)
+    except (OSError, ValueError, TypeError, KeyError):
         return search
     asked = (folder, str(Path(folder) / "__init__.py"))  # once by the folder, once by its file
     return lambda path: found if str(path) in asked else search(path)
 
 
+def _listed(found: Any) -> Any:
+    """What the search finds, for JSON: folders of files of names, by what each needs, which are sets."""
+    if isinstance(found, dict):
+        return [[_listed(key), _listed(value)] for key, value in found.items()]
+    return found if isinstance(found, str) else {"names": sorted(found)}
+
+
+def _found(listed: Any) -> Any:
+    """The other way. A set that is a key is a frozen one."""
+    if isinstance(listed, list):
+        return {key if isinstance(key, str) else frozenset(key["names"]): _found(value) for key, value in listed}
+    return set(listed["names"])
+
+
 def _models_file(image: Path) -> Path:
-    return image / f"models-{importlib.metadata.version('transformers')}.bin"
+    return image / f"models-{importlib.metadata.version('transformers')}.json"
 
 
 def _models_folder() -> str:

@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import json
-import marshal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import answers
 from engine.answers import no_other_process, packages, packages_by_name, whole_caches
 from tests.conftest import ROOT
 from tests.engine.test_hidden import BACKENDS, PACKAGES, printed
@@ -108,13 +108,24 @@ def test_image_knows_the_models_and_nobody_looks_for_them(kept: Path) -> None:
     assert int(printed(here, SEARCHED, BACKENDS, "print(len(seen))", args=("sdxl",))) < 20, "its models' own folders"
 
 
-@pytest.mark.parametrize("content", [b"", b"half of it", marshal.dumps(("/another/place", {})), marshal.dumps(3)])
-def test_what_an_image_holds_is_not_believed_where_it_cannot_be_right(
-    content: bytes, kept: Path, tmp_path: Path
+@pytest.mark.parametrize("content", [None, "", "[half of it", "3", '["/here", [[{}, 1]]]'])
+def test_what_an_image_holds_is_not_believed_where_it_is_damaged(
+    content: str | None, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / kept.name).write_bytes(content)
-    here = KEPT_IN.format(str(tmp_path))
-    assert int(printed(here, SEARCHED, BACKENDS, "print(len(seen))", args=("sdxl",))) > 500
+    monkeypatch.setattr(answers, "IMAGE_KERNELS", tmp_path)
+    if content is not None:
+        (tmp_path / kept.name).write_text(content)
+    assert answers._knowing(len) is len
+
+
+def test_what_an_image_holds_of_another_place_answers_for_that_alone(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "IMAGE_KERNELS", tmp_path)
+    (tmp_path / kept.name).write_text('["/here", [[{"names": ["torch"]}, [["a", {"names": ["B", "C"]}]]]]]')
+    known = answers._knowing(len)
+    assert known("/here") == known("/here/__init__.py") == {frozenset(["torch"]): {"a": {"B", "C"}}}
+    assert known("/there") == len("/there")
 
 
 def test_package_is_found_by_what_is_declared_or_by_the_distributions_name(

@@ -133,6 +133,7 @@ def test_worker_that_waits_tries_the_kernels_of_its_one_model(
     settings = Settings(weights_dir=tmp_path, precision="fp8")
     models = ModelHandler(settings)
     monkeypatch.setattr("engine.speed.prove_ahead", lambda *of: asked.append(("after", *of)))
+    monkeypatch.setattr(standby, "import_backend", lambda _: None)
     standby.get_ready(settings, models)
     assert asked == [("fp8", "cuda", models._levers), ("after", "fp8", "cuda", models._levers)]
 
