@@ -46,6 +46,8 @@ import engine.answers
 engine.answers.IMAGE_KERNELS = Path({!r})
 """
 
+SHARED = "print(*({'sympy', 'torch.distributed.tensor'} & set(sys.modules)))"
+
 SEARCHED = """
 import os
 seen, own = [], os.scandir
@@ -77,9 +79,14 @@ def test_libraries_are_told_the_same_as_without() -> None:
     assert ours == plain
 
 
-def test_models_are_looked_for_once_and_found_as_without(tmp_path: Path) -> None:
-    here = KEPT_IN.format(str(tmp_path))
-    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((here, BACKENDS), ()))
+@pytest.fixture(scope="module")
+def plain() -> list[str]:
+    """What MODELS finds without any of this."""
+    return printed(MODELS).splitlines()
+
+
+def test_models_are_looked_for_once_and_found_as_without(plain: list[str], tmp_path: Path) -> None:
+    ours = printed(KEPT_IN.format(str(tmp_path)), BACKENDS, MODELS, args=("wan22_i2v_svi",)).splitlines()
     assert ours[0] == plain[0]
     hits, forgotten = map(int, ours[1].split())
     assert (hits > 500, forgotten) == (True, 0)
@@ -98,13 +105,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("knows_models", [True, False])
 def test_no_library_goes_through_the_files_of_distributions(knows_models: bool, kept: Path, tmp_path: Path) -> None:
     here = KEPT_IN.format(str(kept.parent if knows_models else tmp_path))
-    printed(here, NO_LONG_WAY, BACKENDS, args=("wan22_i2v_svi", "sdxl"))
+    shared = printed(here, NO_LONG_WAY, BACKENDS, SHARED, args=("wan22_i2v_svi", "sdxl"))
+    assert shared.split() == [], "nor is what shares a model imported"
 
 
-def test_image_knows_the_models_and_nobody_looks_for_them(kept: Path) -> None:
+def test_image_knows_the_models_and_nobody_looks_for_them(plain: list[str], kept: Path) -> None:
     here = KEPT_IN.format(str(kept.parent))
-    ours, plain = (printed(*before, MODELS, args=("wan22_i2v_svi",)).splitlines() for before in ((here, BACKENDS), ()))
-    assert ours[0] == plain[0]
+    assert printed(here, BACKENDS, MODELS, args=("wan22_i2v_svi",)).splitlines()[0] == plain[0]
     assert int(printed(here, SEARCHED, BACKENDS, "print(len(seen))", args=("sdxl",))) < 20, "its models' own folders"
 
 
@@ -159,11 +166,6 @@ def test_torch_can_share_a_model_again_after_the_block() -> None:
         assert not torch.distributed.is_available()
         raise ZeroDivisionError
     assert (own, torch.distributed.is_available()) == (True, True)
-
-
-def test_nothing_that_shares_a_model_is_imported() -> None:
-    loaded = "print(*({'sympy', 'torch.distributed.tensor'} & set(sys.modules)))"
-    assert printed(BACKENDS, loaded, args=("wan22_i2v_svi", "sdxl")).split() == []
 
 
 def test_cache_with_a_size_of_its_own_keeps_it() -> None:
