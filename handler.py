@@ -58,13 +58,13 @@ def run(
         return answered  # the platform delivered the job twice
     baked = weights.locate(profiles.resolve(request), worker.settings)
     with progress.timed("load"), progress.timed("load_import"):
-        parts = baked.parts()  # in a new process the files are read ahead from here on
+        parts = baked.parts()  # in a new process files and driver are got ready from here on
     worker.models.gate(baked.profile).admit(request)  # what cannot run is refused before anything is fetched
     with progress.stage("fetch"):
         media = inputs.load(request, worker.settings, progress.check)
     task = Task(baked.profile, request, inputs.draw_seed(request), media.pictures)
     with progress.stage("load"), progress.timed("load_import"):
-        worker.models.wake(baked.profile)
+        worker.models.wake(baked.profile)  # what a first load asks of the card begins beside the imports
         import_backend(baked.profile)
     with work_folder() as folder:
         made = worker.models.generate(task, parts, folder, progress)

@@ -6,7 +6,6 @@ the self-tests that need no model's library. Most of this leaves the interpreter
 """
 
 import ctypes
-import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from contextlib import suppress
 
 from engine.card import Levers
 from engine.settings import IMAGE_KERNELS, keep_kernels
-
-log = logging.getLogger(__name__)
 
 DRIVER = "libcuda.so.1"
 _TRITON = threading.Lock()
