@@ -79,7 +79,7 @@ def _run_jobs(rows: list[Row], args: argparse.Namespace, write: Any) -> Rounds:
         made, why = groups(cells, host_memory.free_bytes(), card_bytes())
         say(f"{mode}: {why or 'all arms are alive at once and take turns'}")
         together += made
-    rounds = Rounds(rows, write)
+    rounds = Rounds(rows, write, traces=args.traces)
     rounds.run(together, args.repeats, args.trace)
     return rounds
 
@@ -103,8 +103,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", type=Path, help="compiled graphs of an earlier run")
     parser.add_argument(
         "--trace", nargs="*", choices=["plain", "ours"], default=["ours"],
-        help="arms that run one more job under the profiler, and ours through the whole worker",
+        help="arms that run --traces more jobs under the profiler, and ours as many through the whole worker",
     )  # fmt: skip
+    parser.add_argument("--traces", type=int, default=1)
     parser.add_argument("--blocks", type=int, help="of each transformer in ladder, kernels, swap: a shallower model")
     parser.add_argument("--bus-gb-s", type=float, help="of swap: emulate a slower bus; PCIe 4 has 25")
     parser.add_argument("--cap-gib", type=float, default=CAP_GIB)

@@ -1,6 +1,6 @@
 """Every figure that only a card can tell, in one go on one that is held for an hour and may vanish at any minute.
 
-    python -m bench.acceptance --output build/acceptance                  all, in the order of importance: 45 minutes
+    python -m bench.acceptance --output build/acceptance                  all, in the order of importance: 55 minutes
     python -m bench.acceptance --output build/acceptance --skip done      after a cut: what has not ended well there
     python -m bench.acceptance --output build/acceptance swap vae         these alone
 
@@ -52,9 +52,11 @@ ON_A_CARD = (
 )  # fmt: skip
 FILES = " ".join(f"tests/engine/test_{name}.py" for name in ON_A_CARD)
 SVI = "bench jobs --modes svi_endframe --repeats 5 --layout svi_latent"
+FIRST = "bench.cold --repeats 1 --json {result} --only"
 CHILDREN = (
-    Child("svi", 1000, f"{SVI} flf --arms plain ours --precision fp8 --json {{result}}"),
-    Child("cold", 600, "bench.cold --repeats 1 --json {result}"),
+    Child("svi", 1200, f"{SVI} flf --arms plain ours --precision fp8 --traces 5 --json {{result}}"),
+    Child("restarted", 700, f"{FIRST} cold_cache_in_memory restarted --processes 5"),
+    Child("cold", 600, f"{FIRST} cold_cache warm_cache waited warmed_up disk"),
     Child("exact", 420, f"{SVI} --arms ours --precision bf16 --json {{result}}"),
     Child("attention8", 400, f"{SVI} --arms ours --precision fp8 --attention fastest attention8 --json {{result}}"),
     Child("sdxl", 240, "bench jobs --modes image --arms plain ours --precision bf16 --trace --json {result}"),

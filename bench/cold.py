@@ -2,7 +2,7 @@
 
     python -m bench.cold                       svi_endframe in fp8, 36 GB of random weights, written once to --weights
     python -m bench.cold --small --repeats 1   the twin's sizes, no card needed: fields and counts, no seconds
-    python -m bench.cold --only restarted      some of the figures, named as in STARTS below
+    python -m bench.cold --only restarted --processes 5   some of the figures, named as in STARTS below; medians of 5
 
 The worker's own kernels are compiled first, as they are when an image is built (builder/compile_kernels.py). A fresh
 process runs a job and --repeats warm ones through handler.run, once for each of STARTS: with an empty folder of
@@ -16,7 +16,6 @@ Packages should have their bytecode, as pip leaves it in an image: modules witho
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.first import First
 from bench.kept import keep
 from bench.processes import ALLOCATOR, ROOT
 from bench.say import say
@@ -72,7 +72,7 @@ def _measure_all(args: argparse.Namespace, scratch: Path) -> int:
     files = [Path(name) for name in _child(args, "bake", scratch)["files"]]
     result: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in files)}
     figures: dict[str, Callable[[], Any]] = {
-        name: partial(_first_job, args, scratch, start, files) for name, start in STARTS.items()
+        name: partial(_first_jobs, args, scratch, start, files) for name, start in STARTS.items()
     }
     figures[DISK] = lambda: _disk(args, scratch, files)
     wanted = args.only or figures
@@ -82,10 +82,18 @@ def _measure_all(args: argparse.Namespace, scratch: Path) -> int:
         except subprocess.CalledProcessError as error:
             say(f"{name}: {error}")
             continue
-        say(f"{name}: {json.dumps(result[name])}")
         keep(args.json, result)
     print(table(result))
     return 1 if set(wanted) - result.keys() else 0
+
+
+def _first_jobs(args: argparse.Namespace, scratch: Path, start: Start, files: list[Path]) -> list[dict[str, Any]]:
+    """Of --processes, one after the other; each is said when it has ended."""
+    jobs = []
+    for _ in range(args.processes):
+        jobs.append(_first_job(args, scratch, start, files))
+        say(f"{start.words}: {json.dumps(jobs[-1])}")
+    return jobs
 
 
 def _first_job(args: argparse.Namespace, scratch: Path, start: Start, files: list[Path]) -> dict[str, Any]:
@@ -100,7 +108,9 @@ def _disk(args: argparse.Namespace, scratch: Path, files: list[Path]) -> dict[st
     drop(files)
     dd_s = dd(files)
     drop(files)
-    return {"dd_s": dd_s, **_child(args, "read", scratch)}
+    read = {"dd_s": dd_s, **_child(args, "read", scratch)}
+    say(f"{DISK}: {json.dumps(read)}")
+    return read
 
 
 def drop(files: list[Path]) -> None:
@@ -136,13 +146,13 @@ def table(result: dict[str, Any]) -> str:
     for figure, start in STARTS.items():
         if figure not in result:
             continue
-        one = result[figure]
-        warm_s = statistics.median(one["warm_s"])
-        parts = ", ".join(f"{name} {spent:.2f}" for name, spent in one["timings_s"].items())
+        job, last = First.of(result[figure]), result[figure][-1]
+        parts = ", ".join(f"{name} {spent:.2f}" for name, spent in last["timings_s"].items())
         lines += [
-            f"first job, {start.words}: {one['first_s']:.2f} s, {one['first_s'] / warm_s:.2f} times a warm one "
-            f"({warm_s:.2f} s); {one['since_start_s']:.2f} s after the process was started",
-            f"  of it {parts}; {one['without_bytecode']} of {one['modules']} modules had no bytecode",
+            f"first job, {start.words}: {job.seconds:.2f} s ({job.lowest_s:.2f}-{job.highest_s:.2f}, n = "
+            f"{job.processes}), {job.seconds / job.warm_s:.2f} times a warm one ({job.warm_s:.2f} s); "
+            f"{job.since_start_s:.2f} s after the process was started",
+            f"  of the last {parts}; {last['without_bytecode']} of {last['modules']} modules had no bytecode",
         ]
     return "\n".join(lines)
 
@@ -158,6 +168,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--precision", default="fp8", choices=["bf16", "fp8", "int8"])
     parser.add_argument("--cap-gib", type=float, default=44.5)
+    parser.add_argument("--processes", type=int, default=1, help="for each figure of a first job")
     parser.add_argument("--repeats", type=int, default=3, help="warm jobs after each first one")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--twins", type=Path, default=ROOT / "weights" / "tiny")

@@ -1,9 +1,10 @@
 """What is asked of the worker on a card, held against what bench.acceptance has found."""
 
 from collections.abc import Callable, Mapping
-from statistics import StatisticsError, median
+from statistics import StatisticsError
 from typing import Any, NamedTuple
 
+from bench.first import First
 from bench.job_table import floor_percent, job_seconds, overhead
 from bench.rows import rows
 from bench.work import VAE_ENCODE, VAE_ENCODE_MEMOISED
@@ -88,18 +89,19 @@ def _moved(row: Row, least_gb: float, most_gb: float) -> Seen:
 
 
 def _overhead(found: Found) -> Seen:
-    spent = overhead(_arm(found, "svi"))
+    row = _arm(found, "svi")
+    spent = overhead(row)
     if spent is None:
         raise KeyError("whole")
     outside = 100 * spent.outside_s / spent.seconds
-    return f"{spent.percent:.1f} %, {outside:.1f} of it outside the models", spent.percent <= 2
+    seen = f"{spent.percent:.2f} %, {outside:.2f} of it outside the models, n = {len(row['trace'])}"
+    return seen, spent.percent <= 2
 
 
-def _first(found: Found, kept: str, more_s: float) -> Seen:
-    job = found["cold"][kept]
-    warm_s = median(job["warm_s"])
-    seen = f"{job['first_s'] / warm_s:.2f}: {job['first_s']:.2f} s, a warm one {warm_s:.2f} s"
-    return f"{seen}; {job['since_start_s']:.2f} s since the start", job["first_s"] <= 1.35 * warm_s + more_s
+def _first(found: Found, program: str, figure: str, more_s: float) -> Seen:
+    job = First.of(found[program][figure])
+    seen = f"{job.seconds / job.warm_s:.2f}: {job.seconds:.2f} s, a warm one {job.warm_s:.2f} s, n = {job.processes}"
+    return f"{seen}; {job.since_start_s:.2f} s since the start", job.seconds <= 1.35 * job.warm_s + more_s
 
 
 def _read(found: Found) -> Seen:
@@ -169,15 +171,15 @@ DEMANDS = (
     Demand("peak reserved: 44.0 GiB", lambda f: _reserved(_arm(f, "svi"))),
     Demand("all resident: no weight moves in a warm job", lambda f: _moved(_arm(f, "svi"), 0.0, 0.0)),
     Demand("neither card nor network: 2 % of a job", _overhead),
-    Demand("first job, warm compile cache: 1.35 of a warm one", lambda f: _first(f, "warm_cache", 0.0)),
-    Demand("first job, files in memory: 1.35 of a warm one", lambda f: _first(f, "restarted", 0.0)),
-    Demand("first job, cold compile cache: 1.35 of a warm one + 5 s", lambda f: _first(f, "cold_cache", 5.0)),
+    Demand("first job, warm compile cache: 1.35 of a warm one", lambda f: _first(f, "cold", "warm_cache", 0.0)),
+    Demand("first job, files in memory: 1.35 of a warm one", lambda f: _first(f, "restarted", "restarted", 0.0)),
+    Demand("first job, cold compile cache: 1.35 of a warm one + 5 s", lambda f: _first(f, "cold", "cold_cache", 5.0)),
     Demand(
         "first job, cold compile cache, files in memory: 1.35 of a warm one + 5 s",
-        lambda f: _first(f, "cold_cache_in_memory", 5.0),
+        lambda f: _first(f, "restarted", "cold_cache_in_memory", 5.0),
     ),
-    Demand("first job, waited for: 1.35 of a warm one", lambda f: _first(f, "waited", 0.0)),
-    Demand("first job, warmed up before it: 1.35 of a warm one", lambda f: _first(f, "warmed_up", 0.0)),
+    Demand("first job, waited for: 1.35 of a warm one", lambda f: _first(f, "cold", "waited", 0.0)),
+    Demand("first job, warmed up before it: 1.35 of a warm one", lambda f: _first(f, "cold", "warmed_up", 0.0)),
     Demand("weights read: 80 % of dd", _read),
     Demand("exact track: 3 times as fast as plain", lambda f: _times(_arm(f, "svi", "plain"), _arm(f, "exact"), 3.0)),
     Demand("exact track, peak reserved: 44.0 GiB", lambda f: _reserved(_arm(f, "exact"))),

@@ -122,18 +122,17 @@ def _states(cells: list[Result]) -> list[list[object]]:
 
 
 def _traces(cells: list[Result]) -> str:
-    traced = [cell for cell in cells if "trace" in cell]
+    traced = [(cell, one) for cell in cells for one in cell.get("trace", [])]
     if not traced:
         return ""
     header = ["arm", "s", "s with work on the card", "% idle", "s of it", "GB to card", "products", "attention"]
     body = []
-    for cell in traced:
-        one = cell["trace"][0]
+    for cell, one in traced:
         idle = 100 * (1 - one["busy_s"] / one["seconds"])
         ran = [one["kernels"].get(sort, "–")[:40] for sort in ("product", "attention")]
         where = ", ".join(f"{name} {spent:.3f}" for name, spent in one["idle_s"].items())
         body.append([_name(cell), one["seconds"], one["busy_s"], idle, where, one["bytes_to_device"] / 1e9, *ran])
-    return "one more job each, under the profiler; the dearest kernels\n" + rows(header, body)
+    return "more jobs, under the profiler; the dearest kernels\n" + rows(header, body)
 
 
 class Overhead(NamedTuple):
@@ -153,9 +152,9 @@ class Overhead(NamedTuple):
 
 
 def overhead(cell: Result) -> Overhead | None:
-    """None where no whole job ran, or none was traced on a card."""
-    wholes, trace = cell.get("whole"), cell.get("trace", [{"busy_s": 0.0}])[0]
-    if not wholes or not trace["busy_s"]:  # without a card nothing is known of its idle time
+    """Medians of the whole jobs and of the traced ones; None where there is none of either, or it had no card."""
+    wholes, traces = cell.get("whole"), [one for one in cell.get("trace", []) if one["busy_s"]]
+    if not wholes or not traces:  # without a card nothing is known of its idle time
         return None
     fetch_s, upload_s = (median([one["stages_s"].get(name, 0.0) for one in wholes]) for name in ("fetch", "upload"))
     return Overhead(
@@ -163,7 +162,7 @@ def overhead(cell: Result) -> Overhead | None:
         median([one["seconds"] - one["generate_s"] for one in wholes]),
         fetch_s,
         upload_s,
-        trace["seconds"] - trace["busy_s"],
+        median([one["seconds"] - one["busy_s"] for one in traces]),
     )
 
 

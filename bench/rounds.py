@@ -19,7 +19,6 @@ from engine import profiles, residency
 from schemas.input_schema import parse_request
 
 PROCESS_BYTES = 6_000_000_000  # of the host, for Python, torch, the CUDA context and a job's own buffers
-WHOLE_JOBS = 2  # through handler.run, for the worker's own seconds
 
 
 @dataclass
@@ -45,29 +44,32 @@ class Row:
 
 
 class Rounds:
-    """`write`: called with all rows' results whenever there is something new."""
+    """`write`: called with all rows' results whenever there is something new. `traces`: how many jobs a traced arm runs
+    under the profiler, and ours as many through handler.run, for the worker's own seconds."""
 
     def __init__(
         self,
         rows: Sequence[Row],
         write: Callable[[list[dict[str, Any]]], None],
         start: Callable[[dict[str, Any]], Any] = Arm,
+        traces: int = 1,
     ) -> None:
         self.rows = list(rows)
         self.failed: list[str] = []
+        self._traces = traces
         self._write = write
         self._start = start
         self._smi = Sampler()
 
-    def run(self, groups: Sequence[Sequence[dict[str, Any]]], repeats: int, extras: Sequence[str]) -> None:
-        """`groups`: cells whose processes are alive together. `extras`: arms that run a traced job as well."""
+    def run(self, groups: Sequence[Sequence[dict[str, Any]]], repeats: int, traced: Sequence[str]) -> None:
+        """`groups`: cells whose processes are alive together. `traced`: arms that run traced jobs as well."""
         try:
             for cells in groups:
-                self._group([row for row in self.rows if row.cell in cells], repeats, extras)
+                self._group([row for row in self.rows if row.cell in cells], repeats, traced)
         finally:
             self._smi.close()
 
-    def _group(self, rows: list[Row], repeats: int, extras: Sequence[str]) -> None:
+    def _group(self, rows: list[Row], repeats: int, traced: Sequence[str]) -> None:
         arms: dict[int, Any] = {}
         for row in rows:
             if id(row.cell) not in arms:
@@ -78,7 +80,7 @@ class Rounds:
                 self._job(row, arms, f"job {number} of {repeats}")
         firsts = {id(row.cell): row for row in reversed(rows)}  # a process's other variants would say the same
         for row in rows:
-            if row.cell["what"] in extras and firsts[id(row.cell)] is row:
+            if row.cell["what"] in traced and firsts[id(row.cell)] is row:
                 self._more(row, arms)
         for arm in arms.values():
             arm.close()
@@ -99,8 +101,8 @@ class Rounds:
         self._write([row.result() for row in self.rows if "samples" in row.found])
 
     def _more(self, row: Row, arms: dict[int, Any]) -> None:
-        asked = ["trace"] + ["whole"] * (WHOLE_JOBS if row.cell["what"] == "ours" else 0)
-        for what in asked:
+        asked = ["trace", "whole"] if row.cell["what"] == "ours" else ["trace"]
+        for what in asked * self._traces:
             answer = self._ask(row, arms, what)
             if answer is None:
                 return

@@ -15,21 +15,27 @@ ALL = [
     ("a forward: 83 % of the floor, goal 87", "93.5 %"),
     ("peak reserved: 44.0 GiB", "43.0 GiB"),
     ("all resident: no weight moves in a warm job", "0.04 GB"),
-    ("neither card nor network: 2 % of a job", "1.5 %, 0.8 of it outside the models"),
-    ("first job, warm compile cache: 1.35 of a warm one", "1.25: 20.00 s, a warm one 16.00 s; 30.00 s since the start"),
-    ("first job, files in memory: 1.35 of a warm one", "1.19: 19.00 s, a warm one 16.00 s; 29.00 s since the start"),
+    ("neither card nor network: 2 % of a job", "1.53 %, 0.76 of it outside the models, n = 1"),
+    (
+        "first job, warm compile cache: 1.35 of a warm one",
+        "1.25: 20.00 s, a warm one 16.00 s, n = 3; 30.00 s since the start",
+    ),
+    (
+        "first job, files in memory: 1.35 of a warm one",
+        "1.19: 19.00 s, a warm one 16.00 s, n = 1; 29.00 s since the start",
+    ),
     (
         "first job, cold compile cache: 1.35 of a warm one + 5 s",
-        "1.50: 24.00 s, a warm one 16.00 s; 34.00 s since the start",
+        "1.50: 24.00 s, a warm one 16.00 s, n = 1; 34.00 s since the start",
     ),
     (
         "first job, cold compile cache, files in memory: 1.35 of a warm one + 5 s",
-        "1.44: 23.00 s, a warm one 16.00 s; 33.00 s since the start",
+        "1.44: 23.00 s, a warm one 16.00 s, n = 1; 33.00 s since the start",
     ),
-    ("first job, waited for: 1.35 of a warm one", "1.12: 18.00 s, a warm one 16.00 s; 70.00 s since the start"),
+    ("first job, waited for: 1.35 of a warm one", "1.12: 18.00 s, a warm one 16.00 s, n = 1; 70.00 s since the start"),
     (
         "first job, warmed up before it: 1.35 of a warm one",
-        "1.06: 17.00 s, a warm one 16.00 s; 80.00 s since the start",
+        "1.06: 17.00 s, a warm one 16.00 s, n = 1; 80.00 s since the start",
     ),
     ("weights read: 80 % of dd", "90 %: 2.70 of 3.00 GB/s"),
     ("exact track: 3 times as fast as plain", "3.25: 65.00 s to 20.00 s, n = 5"),
@@ -64,7 +70,7 @@ def found() -> dict[str, Any]:
     traced = [{"seconds": 13.1, "busy_s": 13.0, "bytes_to_device": 36_000_000}]
     whole = {"seconds": 13.1, "generate_s": 13.0, "stages_s": {}}
     ceilings = {"products": {"bf16": 790.0, "fp8": 1434.0}, "attention": {"flash4": 675.0, "sage": 900.0}}
-    first = {"first_s": 20.0, "warm_s": [16.0], "since_start_s": 30.0}
+    first = [{"first_s": spent, "warm_s": [16.0], "since_start_s": 10.0 + spent} for spent in (19.0, 20.0, 25.0)]
     disk = {"dd_s": 12.0, "bytes": 27 * 10**9, "read_s": 10.0}
     cold = {"bytes": 36_000_000_000, "warm_cache": first, "disk": disk}
     decodes = [{"name": "decode, stock bf16", "seconds": 1.8}, {"name": "decode, as a job: to bytes", "seconds": 0.8}]
@@ -72,13 +78,16 @@ def found() -> dict[str, Any]:
     svi = {**row("ours", 13.0), "trace": traced, "whole": [whole]}
     return {
         "svi": [{"ceilings": ceilings}, row("plain", 65.0), svi, row("ours", 12.5, layout="flf")],
+        "restarted": {
+            "bytes": 36_000_000_000,
+            "cold_cache_in_memory": [{**first[0], "first_s": 23.0, "since_start_s": 33.0}],
+            "restarted": [{**first[0], "first_s": 19.0, "since_start_s": 29.0}],
+        },
         "cold": {
             **cold,
-            "cold_cache_in_memory": {**first, "first_s": 23.0, "since_start_s": 33.0},
-            "cold_cache": {**first, "first_s": 24.0, "since_start_s": 34.0},
-            "restarted": {**first, "first_s": 19.0, "since_start_s": 29.0},
-            "waited": {**first, "first_s": 18.0, "since_start_s": 70.0},
-            "warmed_up": {**first, "first_s": 17.0, "since_start_s": 80.0},
+            "cold_cache": [{**first[0], "first_s": 24.0, "since_start_s": 34.0}],
+            "waited": [{**first[0], "first_s": 18.0, "since_start_s": 70.0}],
+            "warmed_up": [{**first[0], "first_s": 17.0, "since_start_s": 80.0}],
         },
         "exact": [{**row("ours", 20.0), "trace": [{**traced[0], "bytes_to_device": 68_600_000_000}]}],
         "swap": [{"blocks": 10, "swap": [{"name": "rolling swap", "ratio": 1.001, "equal": True, "moved_gb": 15.1}]}],
@@ -122,12 +131,12 @@ def put(found: Any, path: str, value: object) -> None:
         ("svi/2/samples/0/forwards_s", [9.0] * 40, ["a forward"]),
         ("svi/2/trace/0/bytes_to_device", 11_400_000_000, ["all resident"]),
         ("svi/2/trace/0/busy_s", 12.0, ["neither card"]),
-        ("cold/warm_cache/first_s", 21.7, ["first job, warm"]),
-        ("cold/restarted/first_s", 21.7, ["first job, files"]),
-        ("cold/cold_cache/first_s", 26.7, ["first job, cold compile cache:"]),
-        ("cold/cold_cache_in_memory/first_s", 26.7, ["first job, cold compile cache, files"]),
-        ("cold/waited/first_s", 21.7, ["first job, waited"]),
-        ("cold/warmed_up/first_s", 21.7, ["first job, warmed"]),
+        ("cold/warm_cache/1/first_s", 21.7, ["first job, warm"]),
+        ("restarted/restarted/0/first_s", 21.7, ["first job, files"]),
+        ("cold/cold_cache/0/first_s", 26.7, ["first job, cold compile cache:"]),
+        ("restarted/cold_cache_in_memory/0/first_s", 26.7, ["first job, cold compile cache, files"]),
+        ("cold/waited/0/first_s", 21.7, ["first job, waited"]),
+        ("cold/warmed_up/0/first_s", 21.7, ["first job, warmed"]),
         ("cold/disk/read_s", 11.3, ["weights read"]),
         ("exact/0/samples/0/memory/peak_reserved_gib", 44.1, ["exact track, peak"]),
         ("exact/0/trace/0/bytes_to_device", 90_000_000_000, ["exact track: two"]),
@@ -155,7 +164,7 @@ def test_figure_that_is_not_enough_is_not_reached(
 
 def test_program_that_was_cut_or_never_ran_has_no_result(found: dict[str, Any]) -> None:
     assert {line[1:] for line in lines({})} == {("no result", "–")}
-    cut = {**found, "cold": {"bytes": 1}, "svi": [{**found["svi"][1], "samples": []}]}
+    cut = {**found, "restarted": {"bytes": 1}, "cold": {"bytes": 1}, "svi": [{**found["svi"][1], "samples": []}]}
     assert [words for words, seen, _ in lines(cut) if seen == "no result"] == [
         words for words, _ in ALL[:16] if not words.startswith("exact track, peak")
     ]

@@ -35,7 +35,7 @@ class FakeArm:
         FakeArm.asked.append(f"{self.name} closed")
 
 
-def run_rounds(start=FakeArm, repeats=2, extras=("ours",)):
+def run_rounds(start=FakeArm, repeats=2, traced=("ours",), traces=1):
     FakeArm.asked = []
     plain, ours = make_cell("plain", "bf16"), make_cell("ours")
     rows = [Row(plain, None, None), Row(ours, "svi_latent", None), Row(ours, "flf", None)]
@@ -44,29 +44,31 @@ def run_rounds(start=FakeArm, repeats=2, extras=("ours",)):
     def write(found):
         written.append([[sample["seconds"] for sample in row["samples"]] for row in found])
 
-    rounds = Rounds(rows, write, start)
-    rounds.run([[plain, ours]], repeats, extras)
+    rounds = Rounds(rows, write, start, traces)
+    rounds.run([[plain, ours]], repeats, traced)
     return rounds, written
 
 
 def test_arms_take_turns_after_a_first_job_each():
-    run_rounds(extras=())
+    run_rounds(traced=())
     first = ["plain job", "ours job svi_latent", "ours job flf"]
     assert FakeArm.asked == [*first * 3, "plain closed", "ours closed"]
 
 
 def test_results_are_written_after_every_job():
-    _, written = run_rounds(repeats=1, extras=())
+    _, written = run_rounds(repeats=1, traced=())
     assert written == [
         [[]], [[], []], [[], [], []], [[2.0], [], []], [[2.0], [3.0], []], [[2.0], [3.0], [4.0]],
     ]  # fmt: skip
 
 
-def test_trace_and_whole_worker_run_once_a_process():
-    rounds, _ = run_rounds(repeats=1)
-    extra = ["ours trace svi_latent", "ours whole svi_latent", "ours whole svi_latent"]
-    assert FakeArm.asked[6:-2] == extra
-    assert [sorted(row.found.keys() & {"trace", "whole"}) for row in rounds.rows] == [[], ["trace", "whole"], []]
+def test_traced_jobs_and_the_whole_worker_run_for_one_variant_of_a_process():
+    rounds, _ = run_rounds(repeats=1, traced=("plain", "ours"), traces=2)
+    ours = ["ours trace svi_latent", "ours whole svi_latent"]
+    assert FakeArm.asked[6:-2] == ["plain trace", "plain trace", *ours, *ours]
+    assert [{name: len(row.found.get(name, [])) for name in ("trace", "whole")} for row in rounds.rows] == [
+        {"trace": 2, "whole": 0}, {"trace": 2, "whole": 2}, {"trace": 0, "whole": 0},
+    ]  # fmt: skip
 
 
 def test_arm_that_dies_leaves_its_jobs_and_the_others_running():
