@@ -3,6 +3,7 @@
 A card that throttles makes any arm slow; without these numbers nobody could tell.
 """
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ class Sampler:
         if shutil.which(TOOL) is None:
             return
         self._process = subprocess.Popen(
-            [TOOL, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits", "--id=0", f"--loop-ms={INTERVAL_MS}"],
+            [TOOL, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits", _first_card(), f"--loop-ms={INTERVAL_MS}"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         threading.Thread(target=self._read, args=[self._process], name="smi", daemon=True).start()
@@ -61,11 +62,16 @@ class Sampler:
             self._seen.append((time.monotonic(), (clock, power, temperature)))
 
 
+def _first_card() -> str:
+    """The tool counts all cards of the machine, whatever this process may see of them."""
+    return f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]}"
+
+
 def card_bytes() -> int | None:
-    """Memory of the first card; None where the tool does not say."""
+    """Memory of the first card that this process sees; None where the tool does not say."""
     if shutil.which(TOOL) is None:
         return None
-    command = [TOOL, "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    command = [TOOL, "--query-gpu=memory.total", "--format=csv,noheader,nounits", _first_card()]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     try:
         return int(said.split()[0]) * 2**20

@@ -61,6 +61,7 @@ class _Work:
 
     def __init__(self, device: str, chunk_bytes: int) -> None:
         self.changed = threading.Condition()
+        self.is_held = False
         self.queue: deque[tuple[_Delivery, Chunk]] = deque()
         self.halted = False
         self.error: BaseException | None = None
@@ -78,14 +79,26 @@ class _Work:
             self._since = time.monotonic()
         self.active += 1
 
+    def release(self) -> None:
+        with self.changed:
+            if self.is_held:
+                self.is_held, self._since = False, time.monotonic()
+                self.changed.notify_all()
+
     def halt(self) -> None:
-        self.halted = True
+        with self.changed:
+            self.halted = True
+            self.changed.notify_all()
         if self.ahead is not None:
             self.ahead.end()
 
     def run(self) -> None:
         """A thread: deliver chunks until there are none, or somebody said halt, or a lane failed."""
         lane = Lane(self._device, self.stream, self._chunk_bytes)
+        try:
+            lane.prepare()
+        except BaseException as error:  # noqa: BLE001 as below; the thread leaves where it would take its first chunk
+            self._fail(error, [])
         while (job := self._take(lane)) is not None:
             delivery, chunk = job
             try:
@@ -101,6 +114,7 @@ class _Work:
 
     def _take(self, lane: Lane) -> tuple[_Delivery, Chunk] | None:
         with self.changed:
+            self.changed.wait_for(lambda: not self.is_held or self.halted)
             if self.queue and not self.halted and self.error is None:
                 delivery, chunk = self.queue.popleft()
                 self._taken_bytes += chunk.size_bytes
@@ -225,6 +239,18 @@ class Arrival:
         self._resume()
         return Coming(self, delivery)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block nothing is read until somebody waits; threads are there, and their buffers.
+
+        For whoever builds models: eight readers come back for the interpreter with every tensor.
+        """
+        self._work.is_held = True
+        try:
+            yield
+        finally:
+            self._work.release()
+
     def follow(self, ahead: ReadAhead) -> None:
         """Let `ahead` go on with the files that are expected here, until these threads reach it or pause."""
         self._work.ahead = ahead
@@ -233,6 +259,7 @@ class Arrival:
         """Wait until `is_there`. See Coming.wait."""
         started = time.monotonic()
         try:
+            self._work.release()
             self._resume()
             while not self._look(is_there):
                 if self._progress is not None:

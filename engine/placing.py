@@ -184,7 +184,8 @@ def _placed(loader: Loader, made: Plan | None, card: Card, experts: Mapping[str,
     """`made`: None on a CPU, where there is one memory and nothing to plan."""
     names = _in_order(loader, experts)
     stays = {name for name in names if made is None or made.where(name) == CARD}
-    loaded = {name: loader.on_device(name) if name in stays else loader.in_host_memory(name) for name in names}
+    with loader.arrival.held():
+        loaded = {name: loader.on_device(name) if name in stays else loader.in_host_memory(name) for name in names}
     running, models, notes = _experts({expert: loaded[name] for expert, name in experts.items()}, loader, made)
     accelerated = None if made is None else accelerate(models, card.device, card.levers)
     movers: list[Mover] = [running] if isinstance(running, RollingExperts) else []

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from engine.arrival import Arrival, Coming
 from engine.progress import Progress
-from engine.reading import Wanted
+from engine.reading import Lane, Wanted
 from engine.tensorfile import Spec, TensorWriter, read_offsets
 from schemas.errors import Cancelled, JobTimeout, WeightsCorrupt
 from tests.engine.disk import Disk, endless_ahead, readers, readers_ahead
@@ -350,4 +351,47 @@ def test_model_that_is_read_but_still_being_copied_runs_after_the_copies(
 def test_nothing_wanted_is_there_at_once(arrival: Arrival, folder: Path) -> None:
     coming = arrival.expect("a", (folder / "a").open("rb"), [])
     assert coming.is_whole
+    coming.wait_whole()
+
+
+def test_nothing_is_read_while_models_are_built_and_all_of_it_afterwards(
+    arrival: Arrival, folder: Path, disk: Disk
+) -> None:
+    with arrival.held():
+        coming, targets = expected(arrival, folder, "a")
+        time.sleep(0.1)
+        assert (disk.reads, readers()) == ([], ["weights"]), "a thread stands ready"
+        held_s = arrival.tally.read_s
+    coming.wait_whole()
+    assert all(torch.equal(target, value("a", i)) for i, target in enumerate(targets))
+    arrival.pause()
+    assert held_s == 0
+    assert arrival.tally.read_s < 0.1, "it was not at work while it was held"
+
+
+def test_who_waits_while_models_are_built_gets_it(arrival: Arrival, folder: Path) -> None:
+    with arrival.held():
+        coming, _ = expected(arrival, folder, "a")
+        coming.wait_whole()
+
+
+def test_arrival_that_is_closed_while_models_are_built_leaves_no_thread(arrival: Arrival, folder: Path) -> None:
+    with arrival.held():
+        coming, _ = expected(arrival, folder, "a")
+        arrival.close()
+        assert readers() == []
+    assert not coming.is_there(0)
+
+
+def test_reader_that_finds_no_room_is_raised_where_somebody_waits(
+    arrival: Arrival, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_: Lane) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as without:
+        without.setattr(Lane, "prepare", no_room)
+        coming, _ = expected(arrival, folder, "a")
+        with pytest.raises(MemoryError):
+            coming.wait_whole()
     coming.wait_whole()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -141,6 +142,23 @@ def test_tests_of_the_plans_precision_are_begun_before_models_are_built(
     monkeypatch.setattr(placing, "_placed", built)
     with pytest.raises(RequestTooLarge, match="far enough"):
         place(parts.profile, parts, Card("cuda", 2**40, "fp8", Levers("flash4")), EXPERTS)
+
+
+def test_nothing_is_read_for_good_before_every_model_is_built(
+    placed: Callable[..., Placed], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    build = FolderParts.skeleton
+
+    def build_and_look(self: FolderParts, name: str, device: str) -> Any:
+        built = build(self, name, device)
+        time.sleep(0.05)  # in which a reader would come to it
+        read.append(sum(count for path, offset, count in disk.reads if path.suffix == ".safetensors" and offset))
+        return built
+
+    monkeypatch.setattr(FolderParts, "skeleton", build_and_look)
+    placed()
+    assert read == [0, 0, 0, 0]
 
 
 def test_whole_load_ends_the_read_ahead(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
