@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 TWINS := weights/tiny/.ready
 TRITON := $(VENV)/triton
 KERNELS := $(TRITON)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup twins kernels demo test check docs soak chaos image release coverage clean lock audit sbom
 
@@ -13,8 +14,9 @@ setup: $(READY)
 
 $(READY): builder/requirements.txt builder/requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' builder/requirements.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r builder/requirements-dev.txt
+	$(PIP) --no-compile torch==$$(sed -n 's/^torch==//p' builder/requirements.txt)
+	$(PIP) --no-compile -r builder/requirements-dev.txt
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # as pip does, which takes one core for it
 	touch $@
 
 twins: $(TWINS)
@@ -31,20 +33,27 @@ kernels: $(KERNELS)
 
 $(KERNELS): $(READY) builder/requirements-kernels.txt
 	rm -rf $(TRITON)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) -r builder/requirements-kernels.txt
+	$(PIP) --no-deps --target $(TRITON) -r builder/requirements-kernels.txt
 	touch $@
 
 demo: $(TWINS)
 	WORKER_WEIGHTS_DIR=weights/tiny $(BIN)/python examples/demo.py
 
-# Two at a time, then by themselves those that own the process's output or measure its end. The log first: a library that is
-# imported later would set up its own. Last the card's kernels, in the only processes that have Triton.
+# Two at a time, then in a process of their own those that own its output or measure its end. The log first: a library that
+# is imported later would set up its own. They mostly wait, so beside them the card's kernels are tested, in the only
+# processes that have Triton.
 ALONE := tests/engine/test_log.py tests/apps
 FAST := -m "not soak and not gpu"
 
 test: $(TWINS) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -n 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
+	$(MAKE) --jobs 2 --output-sync test-alone test-kernels
+
+.PHONY: test-alone test-kernels
+test-alone:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) $(ALONE)
+
+test-kernels:
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 check: $(READY)

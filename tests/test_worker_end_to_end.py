@@ -56,21 +56,15 @@ def test_every_mode_comes_out_of_runpods_own_loop(twins: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("wanted", "payload"),
-    [("svi_endframe", SVI), ("video:wan22_i2v_lightning", VIDEO | LIGHTNING)],
-    ids=["svi_endframe", "lightning"],
-)
-def test_worker_that_warmed_up_loads_nothing_for_its_first_job(
-    wanted: str, payload: dict[str, Any], twins: Path, tmp_path: Path
-) -> None:
-    variables = {**environment(twins), "WORKER_WARM_UP": wanted}
+def test_worker_that_warmed_up_loads_nothing_for_its_first_jobs(twins: Path, tmp_path: Path) -> None:
+    variables = {**environment(twins), "WORKER_WARM_UP": "svi_endframe, video:wan22_i2v_lightning"}
     with RunPodServer() as server, start_worker(server, [ROOT / "handler.py"], tmp_path, variables) as worker:
-        server.queue("first", payload)
-        timings_s = server.result("first", FIRST_JOB_S)["output"]["timings_s"]
-        assert "load_read" not in timings_s
+        for name, payload in {"svi": SVI, "lightning": VIDEO | LIGHTNING}.items():
+            server.queue(name, payload)
+            assert "load_read" not in server.result(name, FIRST_JOB_S)["output"]["timings_s"]
         log = worker.log()
-        assert log.index(f"warmed up for {payload['mode']} in ") < log.index("ended after")
+        for mode in ("svi_endframe", "video"):
+            assert log.index(f"warmed up for {mode} in ") < log.index("ended after")
         assert list(server.of("progress", "warm-up")) == []
 
 

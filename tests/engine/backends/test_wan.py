@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
 from engine import profiles, weights
 from engine.backends import Task
@@ -66,8 +67,15 @@ def test_video_equals_plain_diffusers_bit_for_bit(
     assert torch.equal(ours, by_hand(parts, payload))
 
 
-def test_steps_whose_first_two_timesteps_are_the_same_whole_number_come_to_their_end(wan: Wan) -> None:
+def test_steps_whose_first_two_timesteps_are_the_same_whole_number_come_to_their_end(
+    wan: Wan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stock pipeline starts such a grid at its second step, and fails after the last one."""
+
+    def see_nothing(_: Any, hidden_states: torch.Tensor, **__: Any) -> tuple[torch.Tensor]:
+        return (hidden_states[:, :16],)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", see_nothing)  # 334 times the twin takes 13 s
     asked = {**SMALL, "num_inference_steps": 334, "guidance_scale": 1.0, "num_frames": 5, "height": 32, "width": 32}
     seen: list[Update] = []
     frames_of(wan.generate(task(wan, asked), Progress(seen.append)))
