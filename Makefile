@@ -7,16 +7,20 @@ TWINS := weights/tiny/.ready
 TRITON := $(VENV)/triton
 KERNELS := $(TRITON)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# As pip does, which takes one core for it, after what it has fetched. Files that no Python can read come with some.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null
 
 .PHONY: setup twins kernels demo test check docs soak chaos image release coverage clean lock audit sbom
 
 setup: $(READY)
 
-$(READY): builder/requirements.txt builder/requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): builder/requirements.txt builder/requirements-dev.txt | $(BIN)/python
 	$(PIP) --no-compile torch==$$(sed -n 's/^torch==//p' builder/requirements.txt)
-	$(PIP) --no-compile -r builder/requirements-dev.txt
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # as pip does, which takes one core for it
+	$(COMPILE) & $(PIP) --no-compile -r builder/requirements-dev.txt
+	$(COMPILE) || true
 	touch $@
 
 twins: $(TWINS)
@@ -31,7 +35,7 @@ $(TWINS): $(READY) download_weights.py $(BAKES) $(wildcard engine/published/*.js
 # By itself, outside the environment: see the file of requirements.
 kernels: $(KERNELS)
 
-$(KERNELS): $(READY) builder/requirements-kernels.txt
+$(KERNELS): builder/requirements-kernels.txt | $(BIN)/python
 	rm -rf $(TRITON)
 	$(PIP) --no-deps --target $(TRITON) -r builder/requirements-kernels.txt
 	touch $@

@@ -79,6 +79,10 @@ class _Work:
             self._since = time.monotonic()
         self.active += 1
 
+    def hold(self) -> None:
+        with self.changed:
+            self.is_held = True
+
     def release(self) -> None:
         with self.changed:
             if self.is_held:
@@ -245,7 +249,7 @@ class Arrival:
 
         For whoever builds models: eight readers come back for the interpreter with every tensor.
         """
-        self._work.is_held = True
+        self._work.hold()
         try:
             yield
         finally:

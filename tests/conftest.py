@@ -1,6 +1,7 @@
 """What every test stands on: a clean environment, the tiny twins, pictures made on the spot."""
 
 import base64
+import gc
 import io
 import subprocess
 import sys
@@ -26,6 +27,16 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("WORKER_", "BUCKET_", "RUNPOD_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """What the collection of the tests has imported stays, and each look for garbage would take a second to pass it.
+
+    Anew for each file: some tests unfreeze, and some import more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
