@@ -119,8 +119,8 @@ def test_weights_that_cannot_be_read_fail_the_job_and_the_next_loads_anew(
         answer(worker, SVI)
     assert readers() == []
     disk.fails = lambda *_: False
-    assert answer(worker, SVI, job_id="job-2")["num_frames"] == 9
-    assert worker.models.loads == 2
+    second = answer(worker, SVI, job_id="job-2")
+    assert (second["num_frames"], "load_read" in second["timings_s"]) == (9, True)
 
 
 def test_bad_request_does_not_wait_for_libraries_that_another_thread_imports(settings: Settings) -> None:

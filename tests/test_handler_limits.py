@@ -153,9 +153,19 @@ def test_request_that_no_card_can_run_is_refused_before_anything_is_fetched_or_l
     assert (loaded_media, worker.models.loads) == ([], 0)
 
 
+@pytest.fixture(scope="module")
+def loaded_worker(twins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One for several requests, which find the model that the first of them has loaded."""
+    folder = tmp_path_factory.mktemp("worker")
+    settings = Settings(weights_dir=twins, output_dir=folder / "output", outbox_dir=folder / "outbox")
+    worker = Worker(settings, ModelHandler(settings))
+    yield worker
+    worker.models.unload_all()
+
+
 @pytest.mark.parametrize(("fields", "sentence"), IMPOSSIBLE, ids=[next(iter(fields)) for fields, _ in IMPOSSIBLE])
 def test_without_the_early_look_the_same_is_refused_after_loading(
-    worker: Worker,
+    loaded_worker: Worker,
     loaded_media: list[str],
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
@@ -164,9 +174,9 @@ def test_without_the_early_look_the_same_is_refused_after_loading(
     for name in ("check_inputs", "check_plan"):
         monkeypatch.setattr(admission, name, lambda *_: None)
     with pytest.raises(InvalidInput) as caught:
-        answer(worker, {**SMALL_SVI, **fields})
+        answer(loaded_worker, {**SMALL_SVI, **fields})
     assert caught.value.sentence == sentence
-    assert (loaded_media, worker.models.loads) == (["svi_endframe"], 1)
+    assert (loaded_media, loaded_worker.models.loads) == (["svi_endframe"], 1)
 
 
 def test_picture_too_long_for_the_models_least_side_is_refused_before_loading(worker: Worker) -> None:

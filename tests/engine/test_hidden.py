@@ -81,7 +81,9 @@ def plain() -> str:
     return printed(PLAIN, SIX_STEPS)
 
 
-@pytest.mark.parametrize("order", [("wan22_i2v_svi", "sdxl"), ("sdxl", "wan22_i2v_svi")])
+@pytest.mark.parametrize(
+    "order", [("wan22_i2v_svi", "sdxl"), pytest.param(("sdxl", "wan22_i2v_svi"), marks=pytest.mark.soak)]
+)
 def test_klms_takes_the_steps_of_diffusers_that_finds_scipy(plain: str, order: tuple[str, str]) -> None:
     assert printed(BACKENDS, OURS, SIX_STEPS, args=order) == plain
 
