@@ -378,6 +378,7 @@ def test_who_waits_while_models_are_built_gets_it(arrival: Arrival, folder: Path
 def test_arrival_that_is_closed_while_models_are_built_leaves_no_thread(arrival: Arrival, folder: Path) -> None:
     with arrival.held():
         coming, _ = expected(arrival, folder, "a")
+        time.sleep(0.1)  # in which the thread comes to where it waits
         arrival.close()
         assert readers() == []
     assert not coming.is_there(0)
