@@ -172,11 +172,11 @@ def test_programs_run_through_with_the_twins_and_their_figures_are_read(
     """As on a card, but for sizes and repeats; one program of each kind, and none that is about the full size."""
     small = {"bench": f"--size twin --twins {twins} --precision bf16 --repeats 1"}
     small["bench.modes"] = f"--small --twins {twins} --rounds 2"
-    small["bench.cold"] = f"--small --twins {twins} --weights {tmp_path / 'weights'}"
+    small["bench.cold"] = f"--small --twins {twins} --weights {tmp_path / 'weights'} --processes 1"
     chosen = [
         Child(child.name, 600, f"{child.call} {small[child.call.split()[0]]}")
         for child in CHILDREN
-        if child.name in ("svi", "cold", "sdxl", "modes", "lightning")
+        if child.name in ("svi", "restarted", "cold", "sdxl", "modes", "lightning")
     ]
     assert run_all(chosen, tmp_path / "kept") == 0
     told = dict(line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:])
