@@ -7,7 +7,7 @@ TWINS := weights/tiny/.ready
 TRITON := $(VENV)/triton
 KERNELS := $(TRITON)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# As pip does, which takes one core for it, after what it has fetched. Files that no Python can read come with some.
+# In pip's place, which does it on one core. It fails where a package holds a file that is no Python; nobody imports those.
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null
 
 .PHONY: setup twins kernels demo test check docs soak chaos image release coverage clean lock audit sbom

@@ -1,12 +1,12 @@
 """First jobs of several processes as one figure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 
 class First(NamedTuple):
-    """Medians over the processes; the seconds of a warm job are that of all warm jobs of all of them."""
+    """Medians over the processes; `warm_s`: of all their warm jobs."""
 
     processes: int
     seconds: float
@@ -23,9 +23,5 @@ class First(NamedTuple):
             return median(job[name] for job in jobs)
 
         spent = [job["first_s"] for job in jobs]
-        warm_s = median(_all(job["warm_s"] for job in jobs))
+        warm_s = median(one for job in jobs for one in job["warm_s"])
         return cls(len(jobs), middle("first_s"), min(spent), max(spent), middle("since_start_s"), warm_s)
-
-
-def _all(lists: Iterable[Sequence[float]]) -> list[float]:
-    return [one for each in lists for one in each]

@@ -162,6 +162,24 @@ def test_figure_that_is_not_enough_is_not_reached(
     assert [asked.startswith(start) for asked, start in zip(missed, words, strict=True)] == [True] * len(words)
 
 
+def test_overhead_is_of_the_median_trace_and_the_median_whole_job(found: dict[str, Any]) -> None:
+    """One that met a busy host would decide, else."""
+    svi = found["svi"][2]
+    svi["trace"] = [{**svi["trace"][0], "busy_s": busy_s} for busy_s in (11.0, 12.97, 12.98)]
+    svi["whole"] = [{**svi["whole"][0], "generate_s": generate_s} for generate_s in (9.0, 13.0, 13.05)]
+    told = {words: seen for words, seen, _ in lines(found)}
+    assert told["neither card nor network: 2 % of a job"] == "1.76 %, 0.76 of it outside the models, n = 3"
+
+
+def test_first_jobs_are_held_against_the_median_of_all_warm_ones(found: dict[str, Any]) -> None:
+    jobs = found["cold"]["warm_cache"]
+    for job, warm_s in zip(jobs, ([30.0], [16.0, 15.0], [15.5, 40.0]), strict=True):
+        job["warm_s"] = warm_s
+    told = {words: seen for words, seen, _ in lines(found)}
+    seen = "1.25: 20.00 s, a warm one 16.00 s, n = 3; 30.00 s since the start"
+    assert told["first job, warm compile cache: 1.35 of a warm one"] == seen
+
+
 def test_program_that_was_cut_or_never_ran_has_no_result(found: dict[str, Any]) -> None:
     assert {line[1:] for line in lines({})} == {("no result", "–")}
     cut = {**found, "restarted": {"bytes": 1}, "cold": {"bytes": 1}, "svi": [{**found["svi"][1], "samples": []}]}

@@ -38,12 +38,6 @@ def product_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture
-def four_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of what the self-test has: the interpreter takes them one by one, and what is wrong is so in four."""
-    monkeypatch.setattr(text_attention, "TEST_HEADS", 4)
-
-
 def draw(tokens: int, heads: int, width: int, keys: int = KEYS_OF_A_TEXT) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(keys + width)
     query, key, value = (
@@ -220,7 +214,8 @@ def test_query_that_is_not_finite_is_seen_by_no_other():
 
 
 def problem(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """What a worker's start would say of these kernels, asked for fewer and smaller heads and a shorter text."""
+    """What a worker's start would say of these kernels, asked for fewer and smaller heads and a shorter text: the
+    interpreter takes them one by one, and what is wrong is so in two."""
     monkeypatch.setattr(text_attention, "TEXT_TOKENS", 192)
     monkeypatch.setattr(text_attention, "TEST_TEXTS", ((12, 12), (64, 64), (192, 192), (12, 150), (150, 12)))
     monkeypatch.setattr(text_attention, "TEST_HEADS", 2)
@@ -234,7 +229,6 @@ def test_self_test_accepts_the_kernels(monkeypatch):
     assert problem(text_attention_triton, monkeypatch) is None
 
 
-@pytest.mark.usefixtures("four_heads")
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -265,7 +259,6 @@ def test_self_test_refuses_a_kernel_that_is_wrong(old, new, changed: Callable[..
     assert "result is off" in str(problem(changed("text_attention_triton", old, new), monkeypatch))
 
 
-@pytest.mark.usefixtures("four_heads")
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -291,7 +284,6 @@ def test_self_test_refuses_a_rounding_kernel_that_is_wrong(old, new, changed: Ca
     assert "its rounded result is off" in str(said)
 
 
-@pytest.mark.usefixtures("four_heads")
 def test_self_test_refuses_a_kernel_to_which_a_nan_is_equal_to_all(changed: Callable[..., ModuleType], monkeypatch):
     wide = ".to(tl.bfloat16, bitcast=True).to(tl.float32)"
     old = "(key != tl.load(key_at + last, mask=inside, other=0))"
